@@ -1,0 +1,19 @@
+"""``eager``: the localised fx module as it is. Needs no compiler; the default on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from fastpar.graph.program import Program
+
+
+def compile_eager(program: Program) -> Callable[[list[Any]], Sequence[Any]]:
+    """A function from the flat inputs to the flat outputs of this rank's program."""
+    program.gm.recompile()
+    module = program.gm
+
+    def run(args: list[Any]) -> Sequence[Any]:
+        return tuple(module(*args))
+
+    return run

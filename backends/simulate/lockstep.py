@@ -1,0 +1,232 @@
+"""Lock step: all ranks' programs in one process, any device and dtype.
+
+``run_global`` executes the stages in which one program stands for all ranks (*sharded*,
+*lowered*): node by node, each rank on its own shards, communication by its N-rank meaning.
+``run_local`` executes N localised programs side by side: each runs to its next collective,
+which takes place when all ranks of its group have come to the same one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from fastpar.core.errors import CheckError
+from fastpar.core.layout import Dim, Layout
+from fastpar.core.mesh import Mesh
+from fastpar.graph.program import Program
+from fastpar.ops.collectives import all_gather, all_reduce, all_to_all, exchange_across, local
+from fastpar.ops.redistribute import across, redistribute
+from fastpar.rules.localise import Localiser
+from fastpar.sharding.candidates import is_attention
+
+Watch = Callable[[fx.Node, list[Any]], None]
+
+
+def run_global(program: Program, args: Sequence[Any], watch: Watch | None = None) -> list[tuple[Any, ...]]:
+    """Outputs of every rank. ``args``: the flat (whole) inputs, shared by all ranks.
+
+    ``watch(node, values per rank)`` is called after every node.
+    """
+    mesh: Mesh = program.mesh
+    ranks = range(mesh.ranks)
+    env: dict[fx.Node, list[Any]] = {}
+    localiser = Localiser(mesh)
+    queue = iter(args)
+    last = _last_uses(program.graph)
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            value = next(queue)
+            env[node] = [value] * mesh.ranks
+        elif node.op == "get_attr":
+            env[node] = [_attribute(program.gm, str(node.target))] * mesh.ranks
+        elif node.op == "output":
+            return [tuple(fx.map_arg(node.args[0], lambda n, r=r: env[n][r])) for r in ranks]  # type: ignore[misc]
+        else:
+            meaning = _MEANING.get(node.target)
+            if meaning is not None:
+                env[node] = meaning(node, env, mesh)
+            elif is_attention(node) and not node.args[1].meta["layout"].dims[-2].is_whole:
+                env[node] = _attention(node, env, mesh)
+            else:
+                env[node] = [_call(node, env, localiser, r) for r in ranks]
+        if watch is not None:
+            watch(node, env[node])
+        for gone in last.get(node, ()):
+            del env[gone]
+    raise AssertionError("a graph ends in its output node")
+
+
+def _call(node: fx.Node, env: dict[fx.Node, list[Any]], localiser: Localiser, rank: int) -> Any:
+    target, args, kwargs = localiser.call(node, rank)
+    args, kwargs = fx.map_arg((args, kwargs), lambda n: env[n][rank])
+    return target(*args, **kwargs)
+
+
+def _attention(node: fx.Node, env: dict[fx.Node, list[Any]], mesh: Mesh) -> list[Any]:
+    """Attention over split keys means: as if every rank had all of them."""
+    moved = dict(env)
+    for i in (1, 2):
+        operand: fx.Node = node.args[i]  # type: ignore[assignment]
+        layout: Layout = operand.meta["layout"]
+        whole = layout.with_dim(len(layout.dims) - 2, Dim.whole(layout.dims[-2].size))
+        moved[operand] = across(env[operand], layout, whole, mesh)
+    localiser = Localiser(mesh)
+    return [_call(node, moved, localiser, r) for r in range(mesh.ranks)]
+
+
+def _redistribute(node: fx.Node, env: dict[fx.Node, list[Any]], mesh: Mesh) -> list[Any]:
+    src, dst = (Layout.parse(str(a)) for a in node.args[1:3])
+    return list(across(env[node.args[0]], src, dst, mesh))  # type: ignore[index]
+
+
+def _exchange(node: fx.Node, env: dict[fx.Node, list[Any]], mesh: Mesh) -> list[Any]:
+    if node.target is all_to_all:
+        srcs, dsts = ([Layout.parse(str(t)) for t in a] for a in node.args[1:3])  # type: ignore[union-attr]
+        results = exchange_across([env[x] for x in node.args[0]], srcs, dsts, mesh)  # type: ignore[union-attr]
+        return [[value[r] for value in results] for r in range(mesh.ranks)]
+    src, dst = (Layout.parse(str(a)).summed() for a in node.args[1:3])
+    return list(exchange_across([env[node.args[0]]], [src], [dst], mesh)[0])  # type: ignore[index]
+
+
+def _all_reduce(node: fx.Node, env: dict[fx.Node, list[Any]], mesh: Mesh) -> list[Any]:
+    axes = tuple(str(node.args[2]).split("."))
+    values = env[node.args[0]]  # type: ignore[index]
+    return [reduce_terms([values[m] for m in mesh.group(r, axes)], str(node.args[1])) for r in range(mesh.ranks)]
+
+
+def reduce_terms(terms: Sequence[torch.Tensor], op: str) -> torch.Tensor:
+    """Terms of an all-reduce in rank order, so that every rank gets the same bits."""
+    combine = {"sum": torch.add, "max": torch.maximum, "min": torch.minimum}[op]
+    out = terms[0]
+    for term in terms[1:]:
+        out = combine(out, term)
+    return out.clone() if len(terms) == 1 else out
+
+
+_MEANING: dict[Any, Callable[..., list[Any]]] = {
+    redistribute: _redistribute,
+    local: _exchange,
+    all_to_all: _exchange,
+    all_gather: _exchange,
+    all_reduce: _all_reduce,
+}
+
+
+# -- localised programs -----------------------------------------------------------------------
+
+_C10D = torch.ops._c10d_functional
+_STARTS = {
+    _C10D.all_to_all_single.default: "all_to_all",
+    _C10D.all_gather_into_tensor.default: "all_gather",
+    _C10D.all_reduce.default: "all_reduce",
+}
+
+
+def run_local(programs: Sequence[Program], args: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """Outputs of every rank from the N localised programs.
+
+    Raises CheckError where ranks of one group come to different collectives, or some end early.
+    """
+    mesh: Mesh = programs[0].mesh
+    runners = [_run_rank(p, list(args)) for p in programs]
+    results: list[tuple[Any, ...] | None] = [None] * mesh.ranks
+    waiting: dict[int, tuple[str, tuple[Any, ...]]] = {}
+    answers: dict[int, Any] = dict.fromkeys(range(mesh.ranks))
+    while answers:
+        for rank in list(answers):
+            try:
+                waiting[rank] = runners[rank].send(answers.pop(rank))
+            except StopIteration as stop:
+                results[rank] = stop.value
+        for rank in list(waiting):
+            if rank not in waiting:
+                continue
+            kind, request = waiting[rank]
+            group = mesh.group(rank, tuple(str(request[-1]).split(".")))
+            if not all(m in waiting for m in group):
+                continue
+            others = {m: waiting[m] for m in group}
+            if any(k != kind or r[-1] != request[-1] for k, r in others.values()):
+                raise CheckError(f"ranks {list(group)} come to different collectives: " + ", ".join(
+                    f"{m}: {k} on {r[-1]}" for m, (k, r) in others.items()))  # fmt: skip
+            for member, value in zip(group, _COLLECT[kind]([others[m][1] for m in group]), strict=True):
+                del waiting[member]
+                answers[member] = value
+    if waiting:
+        raise CheckError(f"ranks {sorted(waiting)} wait for collectives that others never reach")
+    return [r for r in results if r is not None]
+
+
+def _run_rank(program: Program, args: list[Any]) -> Generator[tuple[str, tuple[Any, ...]], Any, tuple[Any, ...]]:
+    env: dict[fx.Node, Any] = {}
+    queue = iter(args)
+    last = _last_uses(program.graph)
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            env[node] = next(queue)
+        elif node.op == "get_attr":
+            env[node] = _attribute(program.gm, str(node.target))
+        elif node.op == "output":
+            return tuple(fx.map_arg(node.args[0], lambda n: env[n]))  # type: ignore[arg-type]
+        else:
+            values, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: env[n])
+            if node.target in _STARTS:
+                env[node] = yield _STARTS[node.target], values
+            elif node.target is _C10D.wait_tensor.default:
+                env[node] = values[0]
+            else:
+                env[node] = node.target(*values, **kwargs)  # type: ignore[operator]
+        for gone in last.get(node, ()):
+            del env[gone]
+    raise AssertionError("a graph ends in its output node")
+
+
+def _collect_all_to_all(requests: list[tuple[Any, ...]]) -> list[torch.Tensor]:
+    sent = [buffer.split(list(send)) for buffer, _, send, _ in requests]
+    out = []
+    for me, (_, receive, _, _) in enumerate(requests):
+        pieces = [s[me] for s in sent]
+        if [len(p) for p in pieces] != list(receive):
+            raise CheckError(f"sizes sent {[len(p) for p in pieces]} are not those expected {list(receive)}")
+        out.append(torch.cat(pieces))
+    return out
+
+
+def _collect_all_gather(requests: list[tuple[Any, ...]]) -> list[torch.Tensor]:
+    return [torch.cat([r[0] for r in requests]) for _ in requests]
+
+
+def _collect_all_reduce(requests: list[tuple[Any, ...]]) -> list[torch.Tensor]:
+    return [reduce_terms([r[0] for r in requests], requests[0][1]) for _ in requests]
+
+
+_COLLECT: dict[str, Callable[[list[tuple[Any, ...]]], list[torch.Tensor]]] = {
+    "all_to_all": _collect_all_to_all,
+    "all_gather": _collect_all_gather,
+    "all_reduce": _collect_all_reduce,
+}
+
+
+def _attribute(module: Any, target: str) -> Any:
+    for part in target.split("."):
+        module = getattr(module, part)
+    return module
+
+
+def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """Values that no later node needs, by the node after which they go."""
+    last: dict[fx.Node, list[fx.Node]] = {}
+    seen: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        for operand in {*node.all_input_nodes, node} - seen:
+            seen.add(operand)
+            if node.op != "output":
+                last.setdefault(node, []).append(operand)
+    return last
+
+
+__all__ = ["run_global", "run_local", "reduce_terms"]

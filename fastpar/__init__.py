@@ -1,0 +1,39 @@
+"""fastpar: one device's diffusion model as the program of one rank of N, proved equal.
+
+``torch.compile(model, backend="fastpar")`` needs no import of this package. What it offers
+beside that (all in one process, N virtual ranks): ``verify``, ``explain``, ``simulate``,
+``capture`` and the classes ``Plan`` and ``Report``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fastpar.core.version import VERSION as __version__
+
+if TYPE_CHECKING:
+    from fastpar.core.plan import Plan
+    from fastpar.graph.capture import Captured, capture
+    from fastpar.run.report import Report
+    from fastpar.run.verify import explain, simulate, verify
+
+__all__ = ["__version__", "Captured", "Plan", "Report", "capture", "explain", "simulate", "verify"]
+
+_HOMES = {
+    "Captured": "fastpar.graph.capture",
+    "Plan": "fastpar.core.plan",
+    "Report": "fastpar.run.report",
+    "capture": "fastpar.graph.capture",
+    "explain": "fastpar.run.verify",
+    "simulate": "fastpar.run.verify",
+    "verify": "fastpar.run.verify",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # lazily: the command line and the entry point should not pay for what they do not use
+    if name in _HOMES:
+        import importlib
+
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'fastpar' has no attribute {name!r}; it offers {', '.join(__all__)}")

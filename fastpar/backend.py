@@ -1,0 +1,132 @@
+"""The ``torch.compile`` backend: ``torch.compile(model, backend="fastpar", options={...})``.
+
+Found through the entry point group ``torch_dynamo_backends``, so a user's script imports
+nothing. One call per captured graph: capture -> plan -> passes -> agreement -> localise ->
+lowering -> artefact. The result takes full inputs and gives full outputs on every rank, so
+each graph of a model is drop-in by itself and a graph break cannot give a wrong answer.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastpar.core.errors import FastparError, OptionError
+from fastpar.core.options import Options
+from fastpar.core.version import VERSION
+from fastpar.graph.capture import compile_fx
+from fastpar.graph.dump import dumper
+from fastpar.graph.program import Program
+from fastpar.registry import LOWERINGS
+from fastpar.run.agree import agree, compiling, meet
+from fastpar.run.artefact import Artefact, Runner
+from fastpar.run.build import Built, build
+from fastpar.run.groups import check_device, group_of, need_group, process_groups, world
+
+log = logging.getLogger("fastpar")
+
+_compiled = {"count": 0}
+
+
+def fastpar(
+    gm: torch.fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: dict[str, Any] | None = None,
+    mode: str | None = None,
+    **unknown: Any,
+) -> Callable[..., Any]:
+    """Compile one Dynamo graph for this rank.
+
+    ``options`` are those of ``fastpar.core.options.Options``. Raises OptionError, PlanError,
+    CaptureError or AgreementError, on every rank alike.
+    """
+    if unknown:
+        raise OptionError(f"unknown arguments {sorted(unknown)}; the backend takes options= and mode=")
+    group = group_of((options or {}).get("mesh"))
+    with compiling(group):
+        chosen = Options.from_user(options, mode)
+        return compile_fx(gm, example_inputs, lambda program: finish(program, chosen, group))
+
+
+def finish(program: Program, options: Options, group: Any) -> Runner:
+    """One captured program to the function that runs this rank's share of it."""
+    rank, ranks = world(group)
+    need_group(group, max(ranks, 1 if options.plan.auto else options.plan.degree))
+    device = _device(program)
+    check_device(group, device)
+    lowering = options.lowering or ("inductor" if device.type == "cuda" else "eager")
+    if options.cudagraphs:
+        raise OptionError("option 'cudagraphs' is not implemented yet; leave it out")
+    number = _compiled["count"]
+    _compiled["count"] += 1
+    begin = time.perf_counter()
+    dump = dumper(Path(options.dump) / f"rank{rank}" / f"graph{number}") if options.dump else None
+    built = build(program, options.plan, ranks, options.passes, callback=dump)
+    agree(_fields(built, lowering), group, options.timeout)
+    groups = process_groups(built.lowered.graph, built.mesh, group)
+    local = built.localise(rank, groups)
+    if dump is not None:
+        dump(None, local, None, 0.0)
+    runner: Runner = LOWERINGS[lowering]()(local)
+    if rank == 0:
+        _announce(built, lowering, time.perf_counter() - begin)
+    meet(group, options.timeout)  # compile skew ends here, not in the first collective's watchdog
+    if options.verify:
+        runner = _verified(runner, program, built)
+    return Artefact({"step": runner})
+
+
+def _device(program: Program) -> torch.device:
+    for node in program.placeholders:
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor) and (value.dim() > 0 or value.device.type != "cpu"):
+            return value.device
+    return torch.device("cpu")
+
+
+def _fields(built: Built, lowering: str) -> dict[str, str]:
+    """What ranks must have in common, most telling first: a mismatch is reported by the first that differs."""
+    inputs = ", ".join(
+        f"{i.name}: {str(v.dtype).removeprefix('torch.')}{list(v.shape)}"
+        for i, n in zip(built.captured.inputs, built.captured.placeholders, strict=True)
+        if isinstance(v := n.meta.get("val"), torch.Tensor)
+    )
+    return {
+        "versions": f"fastpar {VERSION}, torch {torch.__version__}",
+        "plan": str(built.plan),
+        "pipeline": str(built.pipeline),
+        "lowering": lowering,
+        "inputs": inputs,
+        "graph": built.captured.hash(),
+        "program": built.lowered.hash(),
+    }
+
+
+def _announce(built: Built, lowering: str, seconds: float) -> None:
+    log.info("compiled %s on %d ranks (%s) in %.1f s", built.plan, built.mesh.ranks, lowering, seconds)
+    for note in built.notes:
+        log.info("%s", note)
+    for fallback in built.lowered.gm.meta.get("fallbacks", []):
+        log.warning("%s gathers: %s", fallback.operator, fallback.reason)
+
+
+def _verified(runner: Runner, program: Program, built: Built) -> Runner:
+    """Also runs the whole graph on every call, and raises where the outputs are not close to it."""
+
+    def run(args: list[Any]) -> Sequence[Any]:
+        given = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
+        outputs = runner(args)
+        for i, (mine, whole) in enumerate(zip(outputs, program.gm(*given), strict=True)):
+            if isinstance(whole, torch.Tensor) and whole.is_floating_point() and whole.numel():
+                error = float((mine - whole).abs().max() / whole.abs().max().clamp_min(1e-30))
+                if not error <= 64 * torch.finfo(whole.dtype).eps ** 0.75:
+                    raise FastparError(f"verify: output {i} under plan {built.plan} is off by {error:.1e} (relative)")
+        return outputs
+
+    return run

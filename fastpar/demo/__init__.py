@@ -1,0 +1,1 @@
+"""The demo: a small trained sampler run by several processes, beside the same sampler run by one."""

@@ -1,0 +1,168 @@
+"""The structural verifier: after every pass, a program must obey its stage.
+
+It re-infers every shape and layout from the operators (rules are asked again, layouts in
+arguments parsed again) and compares with what the nodes carry, so a pass that forgot to
+update either is caught where it happened. CheckError means a bug in a pass, never bad input.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import fx
+
+from fastpar.core.errors import CheckError
+from fastpar.core.layout import Layout
+from fastpar.core.mesh import Mesh
+from fastpar.graph.program import Program, source_line, target_name
+from fastpar.ops.collectives import all_gather, all_reduce, all_to_all, local
+from fastpar.ops.redistribute import redistribute
+from fastpar.rules import Call, rule_for
+from fastpar.sharding.candidates import is_attention
+
+_ABSTRACT = {redistribute}
+_CONCRETE = {local, all_gather, all_reduce, all_to_all}
+
+
+def check(program: Program) -> None:
+    """Raise CheckError unless ``program`` is a valid program of its stage."""
+    _structure(program)
+    if program.stage in ("sharded", "lowered", "scheduled"):
+        for node in program.graph.nodes:
+            if node.op == "call_function":
+                _node(node, program.stage, program.mesh)
+            elif node.op == "placeholder" and isinstance(node.meta.get("val"), torch.Tensor):
+                if not node.meta["layout"].is_whole:
+                    _fail(node, f"an input is whole on every rank, not {node.meta['layout']}")
+        for n in program.graph.output_node().all_input_nodes:
+            if isinstance(n.meta.get("layout"), Layout) and not n.meta["layout"].is_whole:
+                _fail(n, f"an output is whole on every rank, not {n.meta['layout']}")
+
+
+def _structure(program: Program) -> None:
+    seen: set[fx.Node] = set()
+    names: set[str] = set()
+    placeholders = 0
+    for node in program.graph.nodes:
+        for operand in node.all_input_nodes:
+            if operand not in seen:
+                _fail(node, f"uses {operand.name} before it is defined")
+        if node.name in names:
+            _fail(node, "two nodes have one name")
+        seen.add(node)
+        names.add(node.name)
+        placeholders += node.op == "placeholder"
+        if node.op == "call_function" and "val" not in node.meta:
+            _fail(node, "has no value in meta")
+    if placeholders != len(program.inputs):
+        raise CheckError(f"{placeholders} placeholders but {len(program.inputs)} inputs")
+    if not isinstance(program.graph.output_node().args[0], (tuple, list)):
+        raise CheckError("the output is no tuple")
+
+
+def _node(node: fx.Node, stage: str, mesh: Mesh) -> None:
+    value, layout = node.meta["val"], node.meta.get("layout")
+    if isinstance(value, torch.Tensor):
+        if not isinstance(layout, Layout):
+            _fail(node, "has no layout")
+        if layout.shape != tuple(value.shape):
+            _fail(node, f"has shape {tuple(value.shape)} and a layout of shape {layout.shape}")
+        try:
+            layout.check(mesh)
+        except ValueError as error:
+            _fail(node, str(error))
+    if node.target in _ABSTRACT:
+        if stage != "sharded":
+            _fail(node, f"is abstract, in a program that is {stage}")
+        _change(node, str(node.args[1]), str(node.args[2]), node.args[0], layout)
+    elif node.target in _CONCRETE:
+        if stage == "sharded":
+            _fail(node, "is concrete, in a program that is sharded")
+        if node.target is all_reduce:
+            before: Layout = node.args[0].meta["layout"]  # type: ignore[union-attr]
+            axes = tuple(str(node.args[2]).split("."))
+            if not any(p.op == node.args[1] and p.axes == axes for p in before.partial):
+                _fail(node, f"reduces over {axes}, of a value that is {before}")
+        elif node.target is all_to_all:
+            for x, src, dst, out in zip(*node.args, layout, strict=True):  # type: ignore[arg-type]
+                _change(node, src, dst, x, out)
+        else:
+            _change(node, str(node.args[1]), str(node.args[2]), node.args[0], layout)
+    elif not isinstance(value, torch.Tensor) or getattr(node.target, "__name__", "") == "getitem":
+        return
+    else:
+        _infer(node, mesh)
+
+
+def _change(node: fx.Node, src: str, dst: str, x: Any, layout: Any) -> None:
+    if Layout.parse(src) != x.meta["layout"]:
+        _fail(node, f"takes {src}, but {x.name} is {x.meta['layout']}")
+    if Layout.parse(dst) != layout:
+        _fail(node, f"gives {dst}, but is noted as {layout}")
+
+
+def _infer(node: fx.Node, mesh: Mesh) -> None:
+    call = Call.of(node)
+    ins = tuple(n.meta["layout"] for n in call.operands)
+    if all(x.is_whole for x in ins) and node.meta["layout"].is_whole:
+        return
+    if call.name == "aten::mul" and ins[0].partial and len(ins) == 1:  # scaling partial sums is linear
+        if node.meta["layout"] != ins[0]:
+            _fail(node, f"is noted as {node.meta['layout']}, inferred {ins[0]}")
+        return
+    decision = rule_for(call).decide(call, ins, mesh)
+    if is_attention(node):
+        # attention passes choose its layouts; what must hold is that operands and result agree
+        decision = rule_for(call).decide(call, ins, mesh)
+    for have, want, operand in zip(ins, decision.inputs, call.operands, strict=True):
+        if have != want:
+            _fail(node, f"wants {operand.name} as {want}, and gets {have}")
+    if decision.outputs[0] != node.meta["layout"]:
+        _fail(node, f"is noted as {node.meta['layout']}, inferred {decision.outputs[0]}")
+
+
+def order(program: Program) -> dict[tuple[str, ...], list[str]]:
+    """Collectives of a localised program per group, in order: equal on all ranks of it."""
+    out: dict[tuple[str, ...], list[str]] = {}
+    for node in program.graph.nodes:
+        name = target_name(node.target) if node.op == "call_function" else ""
+        if name.startswith("_c10d_functional.") and "wait" not in name:
+            out.setdefault((str(node.args[-1]),), []).append(name)
+    return out
+
+
+def check_order(programs: list[Program]) -> None:
+    """Raise CheckError unless the ranks' programs start the same collectives in the same order, and
+    what each sends is what the other expects."""
+    first = order(programs[0])
+    for rank, program in enumerate(programs[1:], start=1):
+        if order(program) != first:
+            raise CheckError(f"rank {rank} starts other collectives, or in another order, than rank 0")
+    mesh: Mesh = programs[0].mesh
+    splits = [
+        [n for n in p.graph.nodes if n.target is torch.ops._c10d_functional.all_to_all_single.default]
+        for p in programs
+    ]
+    for k, node in enumerate(splits[0] if splits else []):
+        axes = tuple(str(node.args[-1]).split("."))
+        if not set(axes) <= set(mesh.names):
+            return  # mapped to process groups already
+        for rank in range(mesh.ranks):
+            group = mesh.group(rank, axes)
+            me = group.index(rank)
+            for position, peer in enumerate(group):
+                sent, expected = splits[peer][k].args[2][me], splits[rank][k].args[1][position]
+                if sent != expected:
+                    raise CheckError(f"{node.name}: rank {peer} sends {sent} elements, rank {rank} expects {expected}")
+
+
+def _fail(node: fx.Node, what: str) -> None:
+    where = source_line(node)
+    raise CheckError(f"{node.name} ({target_name(node.target)}) {what}" + (f" [{where}]" if where else ""))
+
+
+def numel(layout: Layout, mesh: Mesh, rank: int) -> int:
+    """Elements that ``rank`` holds."""
+    return math.prod(layout.local_shape(mesh, rank))

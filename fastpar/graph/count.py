@@ -1,0 +1,179 @@
+"""What a program costs, read off its layouts: FLOPs, bytes and collectives.
+
+FLOPs use torch's own formulas (``torch.utils.flop_counter``) on every rank's local shapes.
+Bytes are the payload that leaves a rank for others; copies to itself do not count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils.flop_counter import flop_registry
+
+import fastpar.ops.attention  # noqa: F401  (registers the formula of attention)
+from fastpar.core.layout import Layout
+from fastpar.core.mesh import Mesh
+from fastpar.core.transfer import changed_axes, elements_sent
+from fastpar.graph.program import Program, source_line
+from fastpar.ops.collectives import all_gather, all_reduce, all_to_all
+from fastpar.rules import Call, rule_for
+from fastpar.sharding.candidates import Candidate
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One kind of collective at one place of the model: ``bytes`` leave the busiest rank, all ``count`` together."""
+
+    kind: str
+    axis: str
+    bytes: int
+    count: int
+    source: str
+    why: str
+
+
+def node_flops(node: fx.Node, shape_of: Any) -> int:
+    """FLOPs of one node with operand shapes given by ``shape_of(node)``; 0 without a formula."""
+    packet = getattr(node.target, "overloadpacket", None)
+    formula = flop_registry.get(packet)
+    if formula is None:
+        return 0
+    args, kwargs = fx.map_arg((node.args, node.kwargs), shape_of)
+    return int(formula(*args, **kwargs, out_val=shape_of(node)))
+
+
+def _shape(node: fx.Node) -> Any:
+    value = node.meta.get("val")
+    if isinstance(value, torch.Tensor):
+        return tuple(int(s) for s in value.shape)
+    return value
+
+
+def flops(program: Program) -> list[int]:
+    """FLOPs of every rank (one entry where the program is still whole)."""
+    if program.stage == "captured":
+        return [sum(node_flops(n, _shape) for n in program.graph.nodes if n.op == "call_function")]
+    mesh: Mesh = program.mesh
+    totals = [0] * mesh.ranks
+    nodes = [
+        n for n in program.graph.nodes
+        if n.op == "call_function" and getattr(n.target, "overloadpacket", None) in flop_registry
+    ]  # fmt: skip
+    cache: dict[Any, int] = {}
+    for node in nodes:
+        layouts = [node.meta["layout"], *(n.meta.get("layout") for n in node.all_input_nodes)]
+        for rank in range(mesh.ranks):
+
+            def local(n: fx.Node, rank: int = rank) -> Any:
+                layout = n.meta.get("layout")
+                return layout.local_shape(mesh, rank) if isinstance(layout, Layout) else _shape(n)
+
+            key = (node.target, *(x.local_shape(mesh, rank) if isinstance(x, Layout) else None for x in layouts))
+            if _plain(node):
+                if key not in cache:
+                    cache[key] = node_flops(node, local)
+                totals[rank] += cache[key]
+            else:
+                totals[rank] += node_flops(node, local)
+    return totals
+
+
+def _plain(node: fx.Node) -> bool:
+    """Operands and result alone decide the FLOPs (a convolution's stride and groups do not show there)."""
+    return node.target in (
+        torch.ops.aten.mm.default,
+        torch.ops.aten.addmm.default,
+        torch.ops.aten.bmm.default,
+    )
+
+
+def collectives(program: Program) -> list[Collective]:
+    """Collectives of a lowered program, those of one kind, axis and source line together."""
+    mesh: Mesh = program.mesh
+    found: dict[tuple[str, str, str, str], list[Any]] = {}
+    for node in program.graph.nodes:
+        sent = node_bytes(node, mesh)
+        if sent is None:
+            continue
+        kind, axes, per_rank = sent
+        key = (kind, axes, source_line(node), node.meta.get("why", ""))
+        entry = found.setdefault(key, [[0] * mesh.ranks, 0])
+        entry[0] = [a + b for a, b in zip(entry[0], per_rank, strict=True)]
+        entry[1] += 1
+    return [
+        Collective(kind, axis, max(per_rank), count, source, why)
+        for (kind, axis, source, why), (per_rank, count) in found.items()
+    ]
+
+
+def bytes_per_rank(program: Program) -> list[int]:
+    """Bytes that leave each rank for others, the whole program together."""
+    mesh: Mesh = program.mesh
+    totals = [0] * mesh.ranks
+    for node in program.graph.nodes:
+        sent = node_bytes(node, mesh)
+        if sent is not None:
+            totals = [a + b for a, b in zip(totals, sent[2], strict=True)]
+    return totals
+
+
+def node_bytes(node: fx.Node, mesh: Mesh) -> tuple[str, str, list[int]] | None:
+    """(kind, mesh axes, bytes per rank) of one collective of a lowered program; None for other nodes."""
+    if node.target is all_to_all:
+        totals, name = [0] * mesh.ranks, ""
+        for x, src, dst in zip(*node.args, strict=True):  # type: ignore[arg-type]
+            a, b = Layout.parse(src), Layout.parse(dst)
+            name = ".".join(changed_axes(a, b, mesh))
+            size = x.meta["val"].element_size()
+            totals = [t + e * size for t, e in zip(totals, elements_sent(a, b, mesh), strict=True)]
+        return "all_to_all", name, totals
+    if node.target is all_gather:
+        a, b = (Layout.parse(str(t)) for t in node.args[1:3])
+        size = node.meta["val"].element_size()
+        return "all_gather", ".".join(changed_axes(a, b, mesh)), [e * size for e in elements_sent(a, b, mesh)]
+    if node.target is all_reduce:
+        axes = tuple(str(node.args[2]).split("."))
+        n = mesh.size(axes)
+        value = node.meta["val"]
+        numels = [_numel(node.meta["layout"], mesh, r) for r in range(mesh.ranks)]
+        return "all_reduce", ".".join(axes), [-(-2 * (n - 1) * e // n) * value.element_size() for e in numels]
+    return None
+
+
+def _numel(layout: Layout, mesh: Mesh, rank: int) -> int:
+    out = 1
+    for s in layout.local_shape(mesh, rank):
+        out *= s
+    return out
+
+
+def attainable(program: Program, candidates: Sequence[Candidate]) -> int:
+    """FLOPs (of a captured program) of operators that carry a row to be split, in an operand or contracted.
+
+    Rows are followed forward from all candidates' seeds, through whatever the rules can follow.
+    """
+    marks: dict[fx.Node, set[int]] = {}
+    seeds: dict[fx.Node, set[int]] = {}
+    for candidate in candidates:
+        for seed in candidate.seeds:
+            seeds.setdefault(seed.node, set()).add(seed.pos.dim)
+    total = 0
+    for node in program.graph.nodes:
+        marked = set(seeds.get(node, ()))
+        if node.op == "call_function" and any(marks.get(n) for n in node.all_input_nodes):
+            if isinstance(node.meta.get("val"), (torch.Tensor, tuple, list)):
+                call = Call.of(node)
+                if call.results and not isinstance(node.meta["val"], (tuple, list)):
+                    marked |= rule_for(call).carries(call, [marks.get(n, set()) for n in call.operands])
+                elif call.results:  # several results: the first has the operand's rows
+                    marked |= marks.get(call.operands[0], set())
+            total += node_flops(node, _shape)
+        if getattr(node.target, "__name__", "") == "getitem" and isinstance(node.args[0], fx.Node):
+            marked |= marks.get(node.args[0], set()) if node.args[1] == 0 else set()
+        if marked:
+            marks[node] = marked
+    return total

@@ -1,0 +1,97 @@
+"""Float arguments that a model turns into tensors: keep them inputs.
+
+Dynamo passes a Python float as a 0-d float64 tensor with an ``item()``, and AOT
+turns arithmetic on the item back into arithmetic on the tensor. It does not do
+so for ``torch.tensor([t])``: there it fixes the value and guards on it, so that
+every step of a sampler that passes a float timestep to a U-Net would compile
+again. Here that creation becomes a cast of the tensor.
+
+Dynamo itself fixes a float that is passed to ``torch.full`` or that decides a
+branch, and one that its caller marked static; such models compile for each value.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+_ARITHMETIC = {operator.add, operator.sub, operator.mul, operator.truediv, operator.neg}
+_TENSOR = {torch.tensor, torch._refs.tensor}
+
+
+def floats_as_tensors(gm: fx.GraphModule) -> None:
+    """Replace, in place on a Dynamo graph, tensors made from float inputs by casts of those inputs."""
+    lifted: dict[fx.Node, fx.Node] = {}  # number -> 0-d float64 tensor with the same value
+    for node in list(gm.graph.nodes):
+        if node.op == "call_method" and node.target == "item":
+            if isinstance(node.meta.get("example_value"), torch.SymFloat):
+                lifted[node] = _lift(node)
+        elif lifted and node.op == "call_function":
+            if node.target in _ARITHMETIC:
+                _arithmetic(node, lifted)
+            elif node.target in _TENSOR:
+                _tensor(node, lifted)
+    for number, tensor in reversed(lifted.items()):
+        for node in (tensor, *tensor.all_input_nodes, number):
+            if not node.users and node.op != "placeholder":
+                gm.graph.erase_node(node)
+
+
+def _lift(item: fx.Node) -> fx.Node:
+    """A float64 tensor that AOT's own pass will turn into the tensor behind ``item``.
+
+    Not that tensor itself: AOT fixes the value of every float that its pass did not see in use.
+    """
+    with item.graph.inserting_after(item):
+        one = item.graph.call_function(torch.ones, ((),), {"dtype": torch.float64})
+    with item.graph.inserting_after(one):
+        new = item.graph.call_function(operator.mul, (one, item))
+    one.meta, new.meta = _plain(item), _plain(item)
+    return new
+
+
+def _arithmetic(node: fx.Node, lifted: dict[fx.Node, fx.Node]) -> None:
+    inputs = node.all_input_nodes
+    if not isinstance(node.meta.get("example_value"), torch.SymFloat) or not all(n in lifted for n in inputs):
+        return
+    with node.graph.inserting_after(node):
+        new = node.graph.call_function(node.target, fx.node.map_arg(node.args, lambda n: lifted[n]))
+    new.meta = _plain(node)
+    lifted[node] = new
+
+
+def _plain(node: fx.Node) -> dict[str, Any]:
+    return {key: value for key, value in node.meta.items() if key != "example_value"}
+
+
+def _tensor(node: fx.Node, lifted: dict[fx.Node, fx.Node]) -> None:
+    if not any(n in lifted for n in node.all_input_nodes):
+        return
+    if len(node.args) != 1 or set(node.kwargs) - {"dtype", "device"}:
+        return
+    value, before = node.meta["example_value"], node.prev
+    options = {"dtype": value.dtype, "device": value.device}
+    with node.graph.inserting_before(node):
+        new = _nested(node.graph, node.args[0], lifted, options)
+    while (before := before.next) is not node:
+        before.meta = _plain(node)
+    if new is not None:
+        new.meta = dict(node.meta)
+        node.replace_all_uses_with(new)
+        node.graph.erase_node(node)
+
+
+def _nested(graph: fx.Graph, data: Any, lifted: dict[fx.Node, fx.Node], options: dict[str, Any]) -> Any:
+    if isinstance(data, fx.Node):
+        return graph.call_method("to", (lifted[data],), options) if data in lifted else None
+    if isinstance(data, (int, float)):
+        return graph.call_function(torch.full, ((), data), options)
+    if not isinstance(data, (list, tuple)):
+        return None
+    parts = [_nested(graph, item, lifted, options) for item in data]
+    if any(part is None for part in parts):
+        return None
+    return graph.call_function(torch.stack, (parts,))

@@ -1,0 +1,204 @@
+"""The concrete communication operators (stage *lowered*) and their parts (stage *localised*).
+
+| operator | meaning | localised to |
+|---|---|---|
+| ``local(x, src, dst)`` | keep the rows that this rank needs, nothing moves | slices |
+| ``all_to_all(xs, srcs, dsts)`` | several values change layout in one exchange | ``pack``, all-to-all, ``unpack`` |
+| ``all_gather(x, src, dst)`` | every rank needs the same, all send equally much | ``pack``, all-gather, ``unpack`` |
+| ``all_reduce(x, op, axes)`` | the value is summed over axes | all-reduce |
+
+Stage *lowered* is one program for all ranks: layouts are arguments, as text. ``pack`` and
+``unpack`` carry one rank's boxes as flat lists of integers. On one rank with whole tensors
+every operator here is the identity.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from fastpar.core.layout import Layout
+from fastpar.core.mesh import Mesh
+from fastpar.core.transfer import Box, Transfer, transfer
+
+_LIB = torch.library.Library("fastpar", "FRAGMENT")
+_PT2 = (torch.Tag.pt2_compliant_tag,)
+_LIB.define("local(Tensor x, str src, str dst) -> Tensor", tags=_PT2)
+_LIB.define("all_gather(Tensor x, str src, str dst) -> Tensor", tags=_PT2)
+_LIB.define("all_reduce(Tensor x, str op, str axes) -> Tensor", tags=_PT2)
+_LIB.define("all_to_all(Tensor[] xs, str[] srcs, str[] dsts) -> Tensor[]", tags=_PT2)
+_LIB.define("pack(Tensor[] xs, int[] boxes) -> Tensor", tags=_PT2)
+_LIB.define("unpack(Tensor buffer, int[] shapes, int[] boxes) -> Tensor[]", tags=_PT2)
+
+for _name in ("local", "all_gather", "all_reduce"):
+    _LIB.impl(_name, lambda x, a, b: x.clone(), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastpar::{_name}", lambda x, a, b: torch.empty_like(x), lib=_LIB)
+_LIB.impl("all_to_all", lambda xs, a, b: [x.clone() for x in xs], "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "fastpar::all_to_all", lambda xs, a, b: [torch.empty_like(x) for x in xs], lib=_LIB
+)
+
+local = torch.ops.fastpar.local.default
+all_gather = torch.ops.fastpar.all_gather.default
+all_reduce = torch.ops.fastpar.all_reduce.default
+all_to_all = torch.ops.fastpar.all_to_all.default
+pack = torch.ops.fastpar.pack.default
+unpack = torch.ops.fastpar.unpack.default
+COLLECTIVES = (all_to_all, all_gather, all_reduce)
+
+
+# -- boxes as integers: [operand, rank, *starts, *sizes] per box ------------------------------
+
+
+def encode(boxes: Sequence[tuple[int, Box]], side: str) -> list[int]:
+    """Boxes of several tensors, in buffer order, as one list of integers (``side``: src or dst starts)."""
+    out: list[int] = []
+    for operand, box in boxes:
+        starts = box.src if side == "src" else box.dst
+        out += [operand, len(starts), *starts, *box.size]
+    return out
+
+
+def decode(flat: Sequence[int]) -> list[tuple[int, tuple[int, ...], tuple[int, ...]]]:
+    """Inverse of ``encode``: (operand, starts, sizes)."""
+    out, i = [], 0
+    while i < len(flat):
+        operand, n = flat[i], flat[i + 1]
+        out.append((operand, tuple(flat[i + 2 : i + 2 + n]), tuple(flat[i + 2 + n : i + 2 + 2 * n])))
+        i += 2 + 2 * n
+    return out
+
+
+def block(x: torch.Tensor, starts: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
+    """View of one box of ``x``."""
+    for d, (start, size) in enumerate(zip(starts, sizes, strict=True)):
+        if size != x.shape[d]:
+            x = x.narrow(d, start, size)
+    return x
+
+
+def pack_boxes(xs: Sequence[torch.Tensor], flat: Sequence[int]) -> torch.Tensor:
+    """The boxes one after the other in a 1-D buffer; one copy where their shapes allow."""
+    pieces = [block(xs[i], starts, sizes) for i, starts, sizes in decode(flat)]
+    if not pieces:
+        return xs[0].new_empty(0)
+    if pieces[0].dim() > 0 and all(p.shape[1:] == pieces[0].shape[1:] for p in pieces):
+        return torch.cat(pieces).reshape(-1)
+    return torch.cat([p.reshape(-1) for p in pieces])
+
+
+def unpack_boxes(
+    buffer: torch.Tensor, shapes: Sequence[int], flat: Sequence[int]
+) -> list[torch.Tensor]:
+    """Tensors (``shapes``: [rank, *sizes] each) put together from the boxes of a 1-D buffer."""
+    out_shapes, i = [], 0
+    while i < len(shapes):
+        out_shapes.append(tuple(shapes[i + 1 : i + 1 + shapes[i]]))
+        i += 1 + shapes[i]
+    tiles: list[list[tuple[tuple[int, ...], torch.Tensor]]] = [[] for _ in out_shapes]
+    offset = 0
+    for operand, starts, sizes in decode(flat):
+        numel = math.prod(sizes)
+        tiles[operand].append((starts, buffer.narrow(0, offset, numel).view(sizes)))
+        offset += numel
+    return [
+        _assemble(tile, 0) if tile else buffer.new_empty(shape)
+        for tile, shape in zip(tiles, out_shapes, strict=True)
+    ]
+
+
+def _assemble(tiles: list[tuple[tuple[int, ...], torch.Tensor]], dim: int) -> torch.Tensor:
+    """Tiles of a grid to one tensor: concatenate along each dimension in turn."""
+    if len(tiles) == 1:
+        return tiles[0][1].clone(memory_format=torch.contiguous_format)
+    groups: dict[int, list[tuple[tuple[int, ...], torch.Tensor]]] = {}
+    for tile in tiles:
+        groups.setdefault(tile[0][dim], []).append(tile)
+    if len(groups) == 1:
+        return _assemble(tiles, dim + 1)
+    parts = [
+        group[0][1] if len(group) == 1 else _assemble(group, dim + 1)
+        for _, group in sorted(groups.items())
+    ]
+    return torch.cat(parts, dim)
+
+
+def _unpack_fake(buffer: torch.Tensor, shapes: Sequence[int], flat: Sequence[int]) -> list[torch.Tensor]:
+    out, i = [], 0
+    while i < len(shapes):
+        out.append(buffer.new_empty(tuple(shapes[i + 1 : i + 1 + shapes[i]])))
+        i += 1 + shapes[i]
+    return out
+
+
+_LIB.impl("pack", pack_boxes, "CompositeExplicitAutograd")
+_LIB.impl("unpack", unpack_boxes, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "fastpar::pack",
+    lambda xs, flat: xs[0].new_empty(sum(math.prod(sizes) for _, _, sizes in decode(flat))),
+    lib=_LIB,
+)
+torch.library.register_fake("fastpar::unpack", _unpack_fake, lib=_LIB)
+
+
+# -- one rank's side of an exchange -----------------------------------------------------------
+
+
+class Exchange:
+    """One rank's side of ``all_to_all`` over several values, as ``pack`` and ``unpack`` need it.
+
+    The buffer for a peer holds the first value's boxes, then the second's, and so on; so Q, K
+    and V of one attention travel in one message however different their shapes are.
+    """
+
+    def __init__(self, srcs: Sequence[Layout], dsts: Sequence[Layout], mesh: Mesh, rank: int) -> None:
+        self.sides: list[Transfer] = [transfer(s, d, mesh, rank) for s, d in zip(srcs, dsts, strict=True)]
+        self.group = self.sides[0].group
+        if any(t.group != self.group for t in self.sides):
+            raise ValueError("values of one exchange travel in one group")
+        peers = range(len(self.group))
+        self.me = self.sides[0].me
+        self.send_splits = [sum(t.send_splits[p] for t in self.sides) for p in peers]
+        self.receive_splits = [sum(t.receive_splits[p] for t in self.sides) for p in peers]
+        self.send_boxes = [n for p in peers for n in self.send_boxes_to(p)]
+        self.receive_boxes = [n for p in peers for n in self.receive_boxes_from(p)]
+        self.shapes = [n for t in self.sides for n in (len(t.shape), *t.shape)]
+
+    def send_boxes_to(self, peer: int) -> list[int]:
+        """Boxes that go to one member of the group, in buffer order."""
+        return encode([(i, b) for i, t in enumerate(self.sides) for b in t.sends[peer]], "src")
+
+    def receive_boxes_from(self, peer: int) -> list[int]:
+        """Boxes that come from one member of the group, in buffer order."""
+        return encode([(i, b) for i, t in enumerate(self.sides) for b in t.receives[peer]], "dst")
+
+
+def gathers_evenly(src: Layout, dst: Layout, mesh: Mesh) -> bool:
+    """True where every rank sends the same boxes to all, and all ranks equally much: an all-gather."""
+    counts = set()
+    for rank in range(mesh.ranks):
+        t = transfer(src, dst, mesh, rank)
+        sources = [[(b.src, b.size) for b in boxes] for boxes in t.sends]
+        if any(boxes != sources[0] for boxes in sources):
+            return False
+        counts.add(t.send_splits[0])
+    return len(counts) == 1 and counts != {0}
+
+
+def exchange_across(
+    xs: Sequence[Sequence[torch.Tensor]], srcs: Sequence[Layout], dsts: Sequence[Layout], mesh: Mesh
+) -> list[list[torch.Tensor]]:
+    """N-rank meaning of ``all_to_all``: ``xs[value][rank]`` to results ``[value][rank]``, by messages."""
+    sides = [Exchange(srcs, dsts, mesh, rank) for rank in range(mesh.ranks)]
+    sent = [
+        pack_boxes([x[rank] for x in xs], side.send_boxes).split(side.send_splits)
+        for rank, side in enumerate(sides)
+    ]
+    results = []
+    for rank, side in enumerate(sides):
+        me = side.group.index(rank)
+        buffer = torch.cat([sent[peer][me] for peer in side.group])
+        results.append(unpack_boxes(buffer, side.shapes, side.receive_boxes))
+    return [[results[rank][i] for rank in range(mesh.ranks)] for i in range(len(xs))]

@@ -1,0 +1,75 @@
+"""From a plan to what runs it: the mesh of virtual ranks and the pipeline's text."""
+
+from __future__ import annotations
+
+import math
+
+from torch import fx
+
+from fastpar.core.errors import PlanError
+from fastpar.core.mesh import Mesh
+from fastpar.core.plan import Plan
+from fastpar.sharding.candidates import is_attention
+
+IMPLEMENTED = ("ulysses", "gather", "auto")
+"""Plan terms that the compiler runs today; others are a clear error."""
+
+_ATTENTION = {"ulysses": "attention-ulysses", "gather": "attention-gather"}
+
+
+def pipeline_text(plan: Plan) -> str:
+    """The one pipeline that a plan expands to (localise, which needs a rank, comes after it)."""
+    missing = plan.unsupported(IMPLEMENTED)
+    if missing:
+        raise PlanError(
+            f"plan {str(plan)!r}: {', '.join(missing)} is not implemented yet; "
+            f"implemented are {', '.join(IMPLEMENTED)}"
+        )
+    steps = ["shard"] + [_ATTENTION[name] for name, _ in plan.axes if name in _ATTENTION]
+    return ",".join([*steps, "cancel", "lower"])
+
+
+def mesh_for(plan: Plan, graph: fx.Graph) -> Mesh:
+    """The plan's axes, each cut into factors where heads do not fill it.
+
+    With 2 heads on 4 ranks a rank's share of the attention is one head x half the rows, so
+    the axis is two of size 2: ``ulysses0`` for rows and ``ulysses1`` for heads. Later factors
+    vary fastest, so that giving them to heads leaves neighbouring rows together.
+    """
+    axes: list[tuple[str, int]] = []
+    for name, degree in plan.axes:
+        factors = _factors(degree, _head_counts(graph)) if name == "ulysses" else [degree]
+        if len(factors) == 1:
+            axes.append((name, degree))
+        else:
+            axes += [(f"{name}{i}", f) for i, f in enumerate(factors)]
+    return Mesh(tuple(a for a in axes if a[1] > 1))
+
+
+def axis_of(name: str) -> str:
+    """The plan's axis that a mesh axis is (a factor of)."""
+    return name.rstrip("0123456789")
+
+
+def _head_counts(graph: fx.Graph) -> list[int]:
+    counts: dict[int, int] = {}
+    for node in graph.nodes:
+        if is_attention(node) and node.meta["val"].dim() >= 3:
+            key = node.args[1].meta["val"]
+            heads = int(key.shape[-3]) if int(key.shape[-3]) > 1 else int(node.meta["val"].shape[-3])
+            counts[heads] = counts.get(heads, 0) + 1
+    return sorted(counts, key=lambda h: -counts[h])
+
+
+def _factors(degree: int, heads: list[int]) -> list[int]:
+    """``degree`` as factors of which a suffix is each head count's share of the axis, if a chain exists."""
+    if not heads:
+        return [degree]
+    cuts = sorted({math.gcd(degree, h) for h in heads} | {1, degree})
+    chain = [1]
+    for cut in cuts[1:]:
+        if cut % chain[-1] == 0:
+            chain.append(cut)
+    if chain[-1] != degree:
+        chain.append(degree)
+    return [chain[i + 1] // chain[i] for i in reversed(range(len(chain) - 1))] or [1]

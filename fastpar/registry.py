@@ -1,0 +1,70 @@
+"""Names of passes and backends, each a thunk that imports it when it is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from fastpar.graph.pipeline import Pass
+
+
+def _attention_gather() -> type[Pass]:
+    from fastpar.passes.attention_gather import AttentionGather
+
+    return AttentionGather
+
+
+def _attention_ulysses() -> type[Pass]:
+    from fastpar.passes.attention_ulysses import AttentionUlysses
+
+    return AttentionUlysses
+
+
+def _cancel() -> type[Pass]:
+    from fastpar.passes.cancel import Cancel
+
+    return Cancel
+
+
+def _localise() -> type[Pass]:
+    from fastpar.passes.localise import Localise
+
+    return Localise
+
+
+def _lower() -> type[Pass]:
+    from fastpar.passes.lower import Lower
+
+    return Lower
+
+
+def _shard() -> type[Pass]:
+    from fastpar.passes.shard import Shard
+
+    return Shard
+
+
+PASSES: dict[str, Callable[[], type[Pass]]] = {
+    "shard": _shard,
+    "attention-gather": _attention_gather,
+    "attention-ulysses": _attention_ulysses,
+    "cancel": _cancel,
+    "lower": _lower,
+    "localise": _localise,
+}
+
+
+def _eager() -> Any:
+    from fastpar.backends.eager import compile_eager
+
+    return compile_eager
+
+
+def _inductor() -> Any:
+    from fastpar.backends.inductor import compile_inductor
+
+    return compile_inductor
+
+
+LOWERINGS: dict[str, Callable[[], Any]] = {"eager": _eager, "inductor": _inductor}
+"""How a localised program becomes a callable on its flat inputs."""

@@ -1,0 +1,19 @@
+"""What each operator does to layouts: one table, used forward and backward.
+
+Importing this package fills the table; ``rule_for`` looks an operator up.
+"""
+
+from fastpar.rules import (  # noqa: F401  (imported for their registrations)
+    attention,
+    create,
+    index,
+    matmul,
+    pointwise,
+    reduce,
+    resample,
+    spatial,
+    views,
+)
+from fastpar.rules.table import Call, Decision, Pos, Rule, rule_for
+
+__all__ = ["Call", "Decision", "Pos", "Rule", "rule_for"]

@@ -1,0 +1,129 @@
+"""Factor rules: an operator as an einsum-like map between dimensions.
+
+Each operand and result dimension is named by the *factor* it carries (Shardy's
+op-sharding rule). A factor passes through, is reduced (split, it leaves a partial
+value), or must be whole. Everything a rule says follows from that map: what happens
+forward, what rows come from where backward, and that arguments need no localising.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from fastpar.core.layout import Dim, Layout, Partial, even_parts
+from fastpar.core.mesh import Mesh
+from fastpar.core.regroup import disjoint
+from fastpar.rules.table import Call, Decision, Gather, Pos, Rule
+
+Names = tuple[str | None, ...]
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Factor of each dimension: None is a dimension of one row that broadcasts.
+
+    ``reduced`` maps a factor to its reduction (sum, max, min); ``whole`` maps a factor
+    that cannot be split to the reason. ``count`` > 0 marks a mean over that many rows.
+    """
+
+    operands: tuple[Names, ...]
+    results: tuple[Names, ...]
+    reduced: Mapping[str, str] = field(default_factory=dict)
+    whole: Mapping[str, str] = field(default_factory=dict)
+    count: int = 0
+
+
+class FactorRule(Rule):
+    """A rule given by a function from a call to its factors."""
+
+    def __init__(self, factors: Callable[[Call], Factors]) -> None:
+        self.factors = factors
+
+    def back(self, call: Call, pos: Pos) -> list[tuple[int, Pos]]:
+        spec = self.factors(call)
+        name = spec.results[0][pos.dim]
+        out = []
+        for i, names in enumerate(spec.operands):
+            for d, other in enumerate(names):
+                if name is not None and other == name and call.shapes[i][d] == call.shape[pos.dim]:
+                    out.append((i, Pos(d, pos.outer, pos.size, pos.inner)))
+        return out
+
+    def decide(self, call: Call, layouts: tuple[Layout, ...], mesh: Mesh) -> Decision:
+        spec = self.factors(call)
+        if all(x.is_whole for x in layouts):
+            return Decision(layouts, tuple(Layout.whole(s) for s in call.results))
+        chosen, reasons = self._choose(call, spec, layouts, mesh)
+        inputs, gathers = [], []
+        for i, names in enumerate(spec.operands):
+            dims = tuple(
+                chosen.get(n, Dim.whole(s)) if n is not None else Dim.whole(s)
+                for n, s in zip(names, call.shapes[i], strict=True)
+            )
+            inputs.append(Layout(dims))
+            for n, have, want in zip(names, layouts[i].dims, dims, strict=True):
+                if n in reasons and not have.is_whole and have != want:
+                    gathers.append(Gather(i, reasons[n]))
+        partial = []
+        for name, op in spec.reduced.items():
+            dim = chosen.get(name)
+            if dim is not None and not dim.is_whole:
+                partial.append(Partial(op, mesh.ordered(dim.axes)))
+        outputs = tuple(
+            Layout(
+                tuple(
+                    chosen.get(n, Dim.whole(s)) if n is not None else Dim.whole(s)
+                    for n, s in zip(names, shape, strict=True)
+                ),
+                tuple(partial),
+            )
+            for names, shape in zip(spec.results, call.results, strict=True)
+        )
+        return Decision(tuple(inputs), outputs, tuple(gathers), spec.count if partial else 0)
+
+    def _choose(
+        self, call: Call, spec: Factors, layouts: tuple[Layout, ...], mesh: Mesh
+    ) -> tuple[dict[str, Dim], dict[str | None, str]]:
+        """One layout per factor. Whole meets split: the whole one is sliced, free. Split meets
+        another split: the operand with fewer bytes moves. One mesh axis serves one factor."""
+        votes: dict[str, dict[Dim, int]] = {}
+        for i, names in enumerate(spec.operands):
+            for name, dim in zip(names, layouts[i].dims, strict=True):
+                if name is not None and not dim.is_whole:
+                    ballot = votes.setdefault(name, {})
+                    ballot[dim] = ballot.get(dim, 0) + call.bytes(i)
+        chosen: dict[str, Dim] = {}
+        reasons: dict[str | None, str] = {}
+        for name, ballot in votes.items():
+            if name in spec.whole:
+                reasons[name] = spec.whole[name]
+                continue
+            dim = max(ballot, key=lambda d: ballot[d])
+            op = spec.reduced.get(name)
+            if op is not None:
+                if not disjoint(dim):  # a row held twice would be counted twice
+                    axes = mesh.ordered(dim.axes)
+                    dim = Dim.split(dim.size, axes, even_parts(dim.size, mesh.size(axes)))
+                if op != "sum" and any(dim.local(mesh, r) == 0 for r in range(mesh.ranks)):
+                    reasons[name] = f"a rank without rows has no {op}"
+                    continue
+            chosen[name] = dim
+        weight = {n: sum(votes[n].values()) for n in chosen}
+        for name in sorted(chosen, key=lambda n: -weight[n]):
+            if name not in chosen:
+                continue
+            for other in list(chosen):
+                if other != name and chosen[other].axes & chosen[name].axes:
+                    if (weight[other], name) <= (weight[name], other):
+                        del chosen[other]
+                        reasons[other] = "two dimensions of one operator are split over the same mesh axis"
+        return chosen, reasons
+
+
+def aligned(shape: tuple[int, ...], out: tuple[int, ...], prefix: str = "d") -> Names:
+    """Factor names of an operand that broadcasts to ``out`` (aligned at the right)."""
+    shift = len(out) - len(shape)
+    return tuple(
+        f"{prefix}{i + shift}" if s == out[i + shift] else None for i, s in enumerate(shape)
+    )

@@ -1,0 +1,67 @@
+"""Pointwise operators: every dimension passes through, operands broadcast.
+
+torch's own ``pointwise`` tag covers most of them; the rest are listed.
+"""
+
+from __future__ import annotations
+
+from fastpar.rules.factor import FactorRule, Factors, aligned
+from fastpar.rules.table import Call, register, register_pointwise
+
+
+def _pointwise(call: Call) -> Factors:
+    out = call.shape
+    return Factors(tuple(aligned(s, out) for s in call.shapes), (aligned(out, out),))
+
+
+RULE = register_pointwise(FactorRule(_pointwise))
+
+register(
+    [
+        "aten::_to_copy",
+        "aten::alias",
+        "aten::bernoulli",
+        "aten::clone",
+        "aten::contiguous",
+        "aten::copy",
+        "aten::detach",
+        "aten::detach_copy",
+        "aten::empty_like",
+        "aten::fill",
+        "aten::full_like",
+        "aten::lift",
+        "aten::lift_fresh",
+        "aten::lift_fresh_copy",
+        "aten::masked_fill",
+        "aten::ones_like",
+        "aten::resolve_conj",
+        "aten::resolve_neg",
+        "aten::zeros_like",
+        "aten::_conj_physical",
+        "aten::_conj",
+        "aten::conj",
+        "aten::imag",
+        "aten::real",
+        "aten::heaviside",
+        "aten::_fake_quantize_per_tensor_affine_cachemask",
+        "prims::convert_element_type",
+        "prims::device_put",
+    ],
+    RULE,
+)
+
+
+def _as_real(call: Call) -> Factors:
+    names = aligned(call.shapes[0], call.shapes[0])
+    return Factors((names,), ((*names, "pair"),))
+
+
+def _as_complex(call: Call) -> Factors:
+    names = aligned(call.shape, call.shape)
+    return Factors(
+        ((*names, "pair"),), (names,), whole={"pair": "real and imaginary part belong to one number"}
+    )
+
+
+register(["aten::view_as_real", "aten::view_as_real_copy"], FactorRule(_as_real))
+register(["aten::view_as_complex", "aten::view_as_complex_copy"], FactorRule(_as_complex))

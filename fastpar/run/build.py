@@ -1,0 +1,110 @@
+"""From a captured program and a plan to the program of N ranks, and of one of them.
+
+The one road that ``torch.compile``, ``verify``, ``explain``, ``simulate`` and the command
+line all take: plan -> mesh and pipeline -> passes -> localise.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from fastpar.core.errors import OptionError, PlanError
+from fastpar.core.mesh import Mesh
+from fastpar.core.plan import Plan
+from fastpar.graph.check import check
+from fastpar.graph.pipeline import Callback, PassContext, Pipeline, callbacks
+from fastpar.graph.program import Program
+from fastpar.passes.localise import Localise
+from fastpar.plan.expand import IMPLEMENTED, mesh_for, pipeline_text
+from fastpar.registry import PASSES
+
+
+@dataclass
+class Built:
+    """One captured program on its way: what was asked, and the lowered program for all ranks."""
+
+    captured: Program
+    lowered: Program
+    mesh: Mesh
+    plan: Plan
+    pipeline: Pipeline
+    notes: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)  # per pass, without the verifier
+
+    def localise(self, rank: int, groups: dict[tuple[str, ...], str] | None = None) -> Program:
+        """The program of one rank; ``groups`` maps mesh axes to names of process groups."""
+        begin = time.perf_counter()
+        program = Localise(rank=rank).apply(self.lowered, PassContext(mesh=self.mesh, plan=self.plan, groups=groups))
+        self.seconds["localise"] = time.perf_counter() - begin
+        return program
+
+
+def resolve(plan: Plan | str, ranks: int | None = None) -> Plan:
+    """A plan whose degrees multiply to ``ranks``; ``auto`` becomes the first valid plan.
+
+    Raises PlanError where they do not, or where nothing says how many ranks there are.
+    """
+    plan = Plan.parse(plan) if isinstance(plan, str) else plan
+    if plan.auto:
+        if ranks is None:
+            raise PlanError("plan 'auto' needs the number of ranks: give ranks=N, or degrees as in 'ulysses=4'")
+        return replace(plan, auto=False, ulysses=ranks)
+    missing = plan.unsupported(IMPLEMENTED)
+    if missing:
+        raise PlanError(
+            f"plan {str(plan)!r}: {', '.join(missing)} not implemented yet; implemented: {', '.join(IMPLEMENTED)}"
+        )
+    if ranks is not None:
+        plan.check(ranks)
+    return plan
+
+
+def build(
+    program: Program,
+    plan: Plan | str,
+    ranks: int | None = None,
+    passes: str | None = None,
+    callback: Callback | None = None,
+    verify_structure: bool = True,
+) -> Built:
+    """Run the plan's pipeline (or ``passes``) on a captured program.
+
+    ``passes`` may refine the plan's pipeline but not contradict it: it must contain the
+    attention pass that the plan asks for. Raises PlanError, OptionError, CheckError.
+    """
+    asked = Plan.parse(plan) if isinstance(plan, str) else plan
+    plan = resolve(asked, ranks)
+    expected = Pipeline.parse(pipeline_text(plan), PASSES)
+    pipeline = expected if passes is None else Pipeline.parse(passes, PASSES)
+    if passes is not None:
+        _agrees(pipeline, expected, plan)
+    mesh = mesh_for(plan, program.graph)
+    notes: list[Any] = []
+    if asked.auto:
+        notes.append(f"plan auto: {plan}, the first valid plan on {mesh.ranks} ranks")
+    ctx = PassContext(mesh=mesh, plan=plan, notes=notes)
+    seconds: dict[str, float] = {}
+
+    def timed(previous: Any, now: Program, following: Any, took: float) -> None:
+        if previous is not None:
+            seconds[previous.name] = seconds.get(previous.name, 0.0) + took
+        if verify_structure:
+            check(now)
+
+    each = [timed] if callback is None else [timed, callback]
+    start = program.copy()
+    start.mesh, start.plan = mesh, plan
+    lowered = pipeline.run(start, ctx, callbacks(each))
+    notes += [n for n in lowered.notes if n not in notes]
+    return Built(program, lowered, mesh, plan, pipeline, notes, seconds)
+
+
+def _agrees(pipeline: Pipeline, expected: Pipeline, plan: Plan) -> None:
+    wanted = [p.name for p in expected.passes if p.name.startswith("attention-")]
+    given = [p.name for p in pipeline.passes if p.name.startswith("attention-")]
+    if wanted != given:
+        raise OptionError(
+            f"passes {str(pipeline)!r} disagree with plan {str(plan)!r}, which expands to {str(expected)!r}"
+        )

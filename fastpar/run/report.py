@@ -1,0 +1,69 @@
+"""``Report``: what ``verify`` and ``explain`` return."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastpar.graph.count import Collective
+
+
+@dataclass(frozen=True)
+class Replicated:
+    """Work that every rank repeats: FLOPs of one source line, as a share of eager's."""
+
+    operator: str
+    source: str
+    share: float
+
+
+@dataclass(frozen=True)
+class FallbackReport:
+    """A gather that no plan asked for; ``bytes`` leave the busiest rank."""
+
+    operator: str
+    source: str
+    reason: str
+    kind: str
+    bytes: int
+
+
+@dataclass
+class Report:
+    """Result of ``verify`` (all fields) or ``explain`` (those that need no run).
+
+    ``max_rel_err`` is the largest absolute difference over the largest absolute reference value,
+    the worst output counts; ``tolerance`` is what it is held against. Shares are of eager's
+    FLOPs: ``flops_share`` is the busiest rank's, 1/N is perfect. Bytes are per step (one call
+    of the model) and leave a rank for others; ``bytes_per_rank`` is the largest rank's,
+    ``bytes_formula`` the plan's closed form.
+    """
+
+    plan: str
+    pipeline: str
+    ranks: int
+    graphs: int
+    ok: bool | None = None
+    max_abs_err: float | None = None
+    max_rel_err: float | None = None
+    tolerance: float | None = None
+    diverged_at: str | None = None
+    flops_share: float = 1.0
+    attainable_share: float = 1.0
+    time_share: float = 1.0
+    replicated: list[Replicated] = field(default_factory=list)
+    fallbacks: list[FallbackReport] = field(default_factory=list)
+    collectives: list[Collective] = field(default_factory=list)
+    bytes_per_rank: int = 0
+    bytes_formula: int = 0
+    formula: str = ""
+    notes: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return dataclasses.asdict(self)
+
+    def __bool__(self) -> bool:
+        return bool(self.ok)

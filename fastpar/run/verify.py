@@ -1,0 +1,283 @@
+"""``verify``, ``explain`` and ``simulate``: N virtual ranks in this process.
+
+``verify`` holds the N localised programs of every graph of a model against the graph run
+whole. float64 models are compared at 1e-9, with the model's own casts to float32 promoted
+on both sides; other dtypes must not be further from a float64 reference than twice what
+eager itself is, plus one unit in the last place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from fastpar.backends.simulate import run_local
+from fastpar.core.errors import FastparError
+from fastpar.core.plan import Plan
+from fastpar.graph.capture import Captured, Inputs, Recorded, call_arguments, capture, compile_fx
+from fastpar.graph.check import check_order
+from fastpar.graph.count import attainable, bytes_per_rank, collectives, flops, node_flops
+from fastpar.graph.program import Program, source_line, target_name
+from fastpar.graph.promote import promote, promote_args
+from fastpar.plan.formula import volume
+from fastpar.run.build import Built, build
+from fastpar.run.diverge import first_difference
+from fastpar.run.report import FallbackReport, Replicated, Report
+from fastpar.sharding.candidates import find
+
+FLOAT64_TOLERANCE = 1e-9
+
+
+def verify(
+    model: Any,
+    inputs: Inputs | None = None,
+    plan: Plan | str = "auto",
+    ranks: int | None = None,
+    passes: str | None = None,
+) -> Report:
+    """Prove that the N ranks' programs of ``model`` together compute what eager computes.
+
+    ``model`` is a module or function with ``inputs`` (a dict, a tuple, or a callable giving one),
+    or a ``Captured``, so that one capture serves many plans. Returns a Report whose ``ok`` says
+    whether every output of every rank is within tolerance and the same bits on all ranks.
+    """
+    captured = model if isinstance(model, Captured) else capture(model, _given(inputs))
+    report = None
+    for recorded in captured.programs:
+        built = build(recorded.program, plan, ranks, passes)
+        part = _explained(built)
+        _compare(built, recorded, part, ranks, passes)
+        report = part if report is None else _join(report, part)
+    return _nothing(report)
+
+
+def explain(
+    model: Any,
+    inputs: Inputs | None = None,
+    plan: Plan | str = "auto",
+    ranks: int | None = None,
+    passes: str | None = None,
+    verify_structure: bool = True,
+) -> Report:
+    """What a plan would do to ``model``: shares, collectives, bytes, fallbacks; nothing is run.
+
+    Works on fake tensors: a model of any size can be explained on a laptop.
+    """
+    captured = model if isinstance(model, Captured) else capture(model, _given(inputs))
+    report = None
+    for recorded in captured.programs:
+        part = _explained(build(recorded.program, plan, ranks, passes, verify_structure=verify_structure))
+        report = part if report is None else _join(report, part)
+    return _nothing(report)
+
+
+def simulate(
+    model: Any, inputs: Inputs, plan: Plan | str = "auto", ranks: int | None = None, passes: str | None = None
+) -> list[Any]:
+    """The model's output on each of N virtual ranks: what it returns there, in its own structure."""
+    calls: list[list[tuple[Any, ...]]] = []
+    state = {"rank": 0, "call": 0, "ranks": 1}
+
+    def backend(gm: Any, example: Sequence[Any]) -> Any:
+        def finish(program: Program) -> Any:
+            built = build(program, plan, ranks, passes)
+            state["ranks"] = built.mesh.ranks
+            programs = [built.localise(r) for r in range(built.mesh.ranks)]
+
+            def run(args: list[Any]) -> Sequence[Any]:
+                if state["call"] == len(calls):
+                    calls.append(run_local(programs, list(args)))
+                state["call"] += 1
+                return calls[state["call"] - 1][state["rank"]]
+
+            return run
+
+        return compile_fx(gm, example, finish)
+
+    compiled = torch.compile(model, backend=backend, dynamic=False)
+    outputs = []
+    args, kwargs = call_arguments(inputs)
+    with torch.no_grad():
+        while state["rank"] < state["ranks"]:
+            state["call"] = 0
+            outputs.append(compiled(*args, **kwargs))
+            state["rank"] += 1
+    return outputs
+
+
+def _given(inputs: Inputs | None) -> Inputs:
+    if inputs is None:
+        raise FastparError("give the model's inputs: a dict, a tuple, or a callable that returns one")
+    return inputs
+
+
+def _nothing(report: Report | None) -> Report:
+    if report is None:
+        raise FastparError("the model ran without a single graph: nothing was captured (is it wholly untraceable?)")
+    return report
+
+
+# -- explain ------------------------------------------------------------------------------------
+
+
+def _explained(built: Built) -> Report:
+    ranks = built.mesh.ranks
+    eager = flops(built.captured)[0]
+    shared = flops(built.lowered)
+    split = attainable(built.captured, find(built.captured.graph))
+    form = volume(built.lowered, built.plan, built.mesh)
+    return Report(
+        plan=str(built.plan),
+        pipeline=str(built.pipeline),
+        ranks=ranks,
+        graphs=1,
+        flops_share=max(shared) / eager if eager else 1.0,
+        attainable_share=(split / ranks + eager - split) / eager if eager else 1.0,
+        replicated=_replicated(built, eager),
+        fallbacks=_fallbacks(built),
+        collectives=collectives(built.lowered),
+        bytes_per_rank=max(bytes_per_rank(built.lowered)),
+        bytes_formula=form.bytes,
+        formula=form.text,
+        notes=list(map(str, built.notes)),
+        seconds=dict(built.seconds),
+    )
+
+
+def _replicated(built: Built, eager: int) -> list[Replicated]:
+    """Products whose result is whole on every rank, by source line, largest first."""
+    found: dict[tuple[str, str], int] = {}
+    for node in built.lowered.graph.nodes:
+        layout = node.meta.get("layout")
+        if node.op != "call_function" or layout is None or built.mesh.ranks == 1:
+            continue
+        if isinstance(layout, tuple) or not layout.is_whole:
+            continue
+        cost = node_flops(node, lambda n: getattr(n.meta.get("val"), "shape", n.meta.get("val")))
+        if cost:
+            key = (target_name(node.target), source_line(node))
+            found[key] = found.get(key, 0) + cost
+    rows = [Replicated(op, source, cost / eager) for (op, source), cost in found.items()]
+    return sorted(rows, key=lambda r: -r.share)
+
+
+def _fallbacks(built: Built) -> list[FallbackReport]:
+    return [
+        FallbackReport(f.operator, source_line(f.node), f.reason, f.kind, f.bytes)
+        for f in built.lowered.gm.meta.get("fallbacks", [])
+    ]
+
+
+def _join(a: Report, b: Report) -> Report:
+    """Reports of two graphs of one model as one; shares are joined by the larger."""
+    worst = a if (a.max_rel_err or 0) >= (b.max_rel_err or 0) else b
+    a.ok = None if a.ok is None else a.ok and bool(b.ok)
+    a.max_abs_err, a.max_rel_err, a.tolerance = worst.max_abs_err, worst.max_rel_err, worst.tolerance
+    a.diverged_at = a.diverged_at or b.diverged_at
+    a.graphs += b.graphs
+    a.flops_share, a.attainable_share = max(a.flops_share, b.flops_share), max(a.attainable_share, b.attainable_share)
+    a.replicated += b.replicated
+    a.fallbacks += b.fallbacks
+    a.collectives += b.collectives
+    a.bytes_per_rank += b.bytes_per_rank
+    a.bytes_formula += b.bytes_formula
+    a.notes += [n for n in b.notes if n not in a.notes]
+    a.seconds = {k: a.seconds.get(k, 0) + b.seconds.get(k, 0) for k in {*a.seconds, *b.seconds}}
+    return a
+
+
+# -- verify -------------------------------------------------------------------------------------
+
+
+def _compare(built: Built, recorded: Recorded, report: Report, ranks: int | None, passes: str | None) -> None:
+    program, args = recorded.program, list(recorded.args)
+    double = all(
+        t.dtype in (torch.float64, torch.complex128)
+        for t in args
+        if isinstance(t, torch.Tensor) and (t.is_floating_point() or t.is_complex())
+    ) and any(isinstance(t, torch.Tensor) and t.dtype == torch.float64 for t in args)
+    promoted, exact_args, exact = _reference(recorded)
+    with torch.no_grad():
+        if double:
+            report.notes += [n for n in promoted.notes if n not in report.notes]
+            built = build(promoted, built.plan, ranks, passes)
+            eager, args = exact, exact_args
+        else:
+            eager = tuple(program.gm(*args))
+        results = _simulated(built, args)
+    report.ok, worst = True, -1.0
+    report.max_abs_err = report.max_rel_err = 0.0
+    report.tolerance = FLOAT64_TOLERANCE
+    for i, (reference, plain) in enumerate(zip(exact, eager, strict=True)):
+        if not isinstance(plain, torch.Tensor):
+            if any(r[i] != plain for r in results):
+                report.ok = False
+            continue
+        for rank, result in enumerate(results):
+            if not _same_bits(result[i], results[0][i]):
+                report.ok = False
+                report.notes.append(f"output {i}: rank {rank} has other bits than rank 0")
+            absolute, relative = _error(result[i], reference)
+            tolerance = FLOAT64_TOLERANCE
+            if not double and plain.is_floating_point():
+                tolerance = 2 * _error(plain, reference)[1] + torch.finfo(plain.dtype).eps
+            if not relative <= tolerance:
+                report.ok = False
+            if relative / tolerance > worst:
+                worst = relative / tolerance
+                report.max_abs_err, report.max_rel_err, report.tolerance = absolute, relative, tolerance
+    if not report.ok:
+        report.diverged_at = first_difference(built, args, report.tolerance)
+
+
+def _reference(recorded: Recorded) -> tuple[Program, list[Any], tuple[Any, ...]]:
+    """The graph in float64, its arguments and outputs; kept, for one capture serves many plans."""
+    if recorded.promoted is None:
+        promoted, args = promote(recorded.program), promote_args(recorded.args)
+        with torch.no_grad():
+            recorded.promoted = (promoted, args, tuple(promoted.gm(*args)))
+    return recorded.promoted
+
+
+def _simulated(built: Built, args: list[Any]) -> list[tuple[Any, ...]]:
+    programs = [built.localise(r) for r in range(built.mesh.ranks)]
+    check_order(programs)
+    return run_local(programs, args)
+
+
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if a is b:
+        return True
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return torch.equal(torch.nan_to_num(a) if a.is_floating_point() else a,
+                       torch.nan_to_num(b) if b.is_floating_point() else b)  # fmt: skip
+
+
+def _error(value: torch.Tensor, reference: torch.Tensor) -> tuple[float, float]:
+    """Largest absolute difference, and that over the largest absolute reference value."""
+    if value.shape != reference.shape:
+        return float("inf"), float("inf")
+    if value.numel() == 0:
+        return 0.0, 0.0
+    if not (value.is_floating_point() or value.is_complex()):
+        same = torch.equal(value, reference.to(value.dtype))
+        return (0.0, 0.0) if same else (float("inf"), float("inf"))
+    wide = torch.complex128 if value.is_complex() else torch.float64
+    value, reference = value.to(wide), reference.to(wide)
+    finite = torch.isfinite(reference)
+    if not torch.equal(finite, torch.isfinite(value)):
+        return float("inf"), float("inf")
+    difference = (value - reference)[finite].abs()
+    if difference.numel() == 0:
+        return 0.0, 0.0
+    absolute, scale = float(difference.max()), float(reference[finite].abs().max())
+    return absolute, absolute / scale if scale else absolute
+
+
+def outputs_of(value: Any) -> list[torch.Tensor]:
+    """Tensors of a model's output, in order."""
+    return [t for t in pytree.tree_leaves(value) if isinstance(t, torch.Tensor)]

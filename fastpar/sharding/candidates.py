@@ -1,0 +1,158 @@
+"""What to split: the token dimensions of a program, found by reading the rules backward.
+
+From the query rows of every attention the walk follows the rows through the program
+towards its inputs, and stops where no operand holds them as one dimension any more: that
+value is a **seed**, the earliest place where a whole value can be cut into parts. A set of
+seeds found from the same attentions is a **candidate**; factorised attention (space, then
+time) gives several, and the shard pass chooses by predicted cost.
+
+A program without attention is split along its largest dimension that is no channel.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from fastpar.rules import Call, Pos, rule_for
+from fastpar.rules.table import known
+
+
+@dataclass(frozen=True)
+class Seed:
+    """A value and the factor of one of its dimensions to cut into parts."""
+
+    node: fx.Node
+    pos: Pos
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Seeds that are cut together, and the attentions whose rows they are."""
+
+    seeds: tuple[Seed, ...]
+    attentions: tuple[fx.Node, ...]
+
+    @property
+    def rows(self) -> int:
+        """Rows of the largest seed."""
+        return max((s.pos.size for s in self.seeds), default=0)
+
+
+def is_attention(node: fx.Node) -> bool:
+    return node.op == "call_function" and node.target is torch.ops.fastpar.attention.default
+
+
+class Walk:
+    """The walk back, with the calls it has read (a walk visits a value and factor once)."""
+
+    def __init__(self) -> None:
+        self._calls: dict[fx.Node, Call] = {}
+
+    def call(self, node: fx.Node) -> Call:
+        if node not in self._calls:
+            self._calls[node] = Call.of(node)
+        return self._calls[node]
+
+    def sources(self, node: fx.Node, pos: Pos) -> list[tuple[fx.Node, Pos]]:
+        """Operands that hold the rows ``pos`` of ``node``: only the largest ones, for the others
+        (tables, biases, masks) are sliced for free where they meet them."""
+        if node.op != "call_function" or not isinstance(node.meta.get("val"), torch.Tensor):
+            return []
+        call = self.call(node)
+        if not call.operands:
+            return []
+        found = rule_for(call).back(call, pos)
+        if len(found) > 1 and not call.name.startswith("aten::cat"):
+            most = max(math.prod(call.shapes[i]) for i, _ in found)
+            found = [(i, p) for i, p in found if math.prod(call.shapes[i]) == most]
+        return [(call.operands[i], p) for i, p in found]
+
+    def seeds(self, node: fx.Node, pos: Pos) -> frozenset[Seed]:
+        """Where the rows ``pos`` of ``node`` first are one dimension of a value."""
+        seeds: set[Seed] = set()
+        seen: set[tuple[fx.Node, Pos]] = set()
+        todo = [(node, pos)]
+        while todo:
+            at = todo.pop()
+            if at in seen:
+                continue
+            seen.add(at)
+            sources = self.sources(*at)
+            if sources:
+                todo += sources
+            elif at[1].size > 1:
+                seeds.add(Seed(*at))
+        return frozenset(seeds)
+
+
+def find(graph: fx.Graph) -> list[Candidate]:
+    """Candidates of a captured graph, those with most attentions' work first."""
+    walk = Walk()
+    found: list[tuple[frozenset[Seed], fx.Node]] = []
+    for node in graph.nodes:
+        if is_attention(node):
+            call = walk.call(node)
+            q = call.shapes[0]
+            if q[-2] > 1:
+                found.append((walk.seeds(call.operands[0], Pos(len(q) - 2, 1, q[-2], 1)), node))
+    if not found:
+        return _without_attention(graph, walk)
+    return _merge(found)
+
+
+def _merge(found: list[tuple[frozenset[Seed], fx.Node]]) -> list[Candidate]:
+    """Group what shares a seed or does not contradict; seeds that cut one value twice are alternatives."""
+    groups: list[tuple[set[Seed], list[fx.Node]]] = []
+    for seeds, attention in sorted(found, key=lambda f: -_work(f[1])):
+        for held, attentions in groups:
+            if not _contradict(held, seeds):
+                held |= seeds
+                attentions.append(attention)
+                break
+        else:
+            groups.append((set(seeds), [attention]))
+    order = {n: i for i, n in enumerate(found[0][1].graph.nodes)} if found else {}
+    return [
+        Candidate(tuple(sorted(seeds, key=lambda s: (order[s.node], s.pos.dim))), tuple(attentions))
+        for seeds, attentions in groups
+        if seeds
+    ]
+
+
+def _contradict(a: set[Seed], b: frozenset[Seed]) -> bool:
+    mine: dict[fx.Node, set[Pos]] = defaultdict(set)
+    for seed in a:
+        mine[seed.node].add(seed.pos)
+    return any(seed.node in mine and seed.pos not in mine[seed.node] for seed in b)
+
+
+def _work(attention: fx.Node) -> int:
+    shape = attention.args[1].meta["val"].shape  # type: ignore[union-attr]
+    return math.prod(attention.meta["val"].shape) * int(shape[-2])
+
+
+def _without_attention(graph: fx.Graph, walk: Walk) -> list[Candidate]:
+    """Rows of the heaviest product, else of the largest value: there is no attention to start from."""
+    best: tuple[int, fx.Node, Pos] | None = None
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if node.op != "call_function" or not isinstance(value, torch.Tensor) or value.dim() < 2:
+            continue
+        call = walk.call(node)
+        if not (call.name in ("aten::mm", "aten::addmm", "aten::bmm", "aten::convolution") and known(call.name)):
+            continue
+        dims = range(2, value.dim()) if call.name == "aten::convolution" else [value.dim() - 2]
+        for d in dims:
+            size = int(value.shape[d])
+            work = math.prod(int(s) for s in value.shape) * (call.shapes[-1][0] if call.shapes else 1)
+            if size > 1 and (best is None or work > best[0]):
+                best = (work, node, Pos(d, 1, size, 1))
+    if best is None:
+        return []
+    seeds = walk.seeds(best[1], best[2])
+    return [Candidate(tuple(seeds), ())] if seeds else []

@@ -1,0 +1,322 @@
+"""Forward: give every value a layout, and insert ``redistribute`` where an operator wants another.
+
+One walk over the captured graph writes the sharded one. A value may exist in several
+layouts at once (whole, and sliced at a seed); an operator that wants a layout gets it
+from the version it costs fewest bytes from. Each rewrite is locally valid: operators see
+exactly the layouts that their rule asked for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from fastpar.core.layout import Atom, Dim, Layout, Seg, even_parts
+from fastpar.core.mesh import Mesh
+from fastpar.core.transfer import elements_sent, is_local
+from fastpar.ops.redistribute import redistribute
+from fastpar.rules import Call, Decision, Pos, rule_for
+from fastpar.sharding.candidates import Seed, is_attention
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """A gather (or realignment) that an operator forced and no plan asked for."""
+
+    operator: str
+    reason: str
+    kind: str
+    bytes: int  # leaving the busiest rank
+    node: fx.Node  # of the sharded graph, for the source line
+
+
+@dataclass
+class Sharded:
+    """What one walk produced: the graph and what it had to do on the way."""
+
+    graph: fx.Graph
+    fallbacks: list[Fallback] = field(default_factory=list)
+    moved: int = 0  # bytes leaving the busiest rank, all redistributes together
+    units: set[int] = field(default_factory=set)  # row granularities that would have avoided a realignment
+    values: dict[fx.Node, fx.Node] = field(default_factory=dict)
+
+
+HEAVY = frozenset(
+    ["aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::convolution", "aten::_scaled_mm",
+     "aten::_int_mm", "aten::linear", "fastpar::attention"]  # fmt: skip
+)
+
+
+def heavy_ahead(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes from which a product, convolution or attention is still to come."""
+    ahead: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        schema = getattr(node.target, "_schema", None)
+        if node in ahead or (schema is not None and schema.name in HEAVY):
+            ahead.update(node.all_input_nodes)
+    return ahead
+
+
+def seed_layout(layout: Layout, pos: Pos, axes: tuple[str, ...], mesh: Mesh, unit: int = 1) -> Layout:
+    """``layout`` with the factor ``pos`` cut evenly over ``axes``, in multiples of ``unit`` rows."""
+    if pos.size % unit:
+        unit = 1
+    parts = even_parts(pos.size, mesh.size(axes), unit)
+    atoms = [Atom((Seg(pos.outer),)), Atom((Seg(pos.size, axes, parts),)), Atom((Seg(pos.inner),))]
+    return layout.with_dim(pos.dim, Dim.of(atoms))
+
+
+class Inserter:
+    """Writes the sharded graph of ``graph`` for seeds cut over ``axes`` of ``mesh``."""
+
+    def __init__(
+        self, graph: fx.Graph, mesh: Mesh, axes: tuple[str, ...], seeds: Sequence[Seed], unit: int = 1
+    ) -> None:
+        self.mesh, self.axes, self.unit = mesh, axes, unit
+        self.seeds: dict[fx.Node, list[Pos]] = {}
+        for seed in seeds:
+            self.seeds.setdefault(seed.node, []).append(seed.pos)
+        self.source = graph
+        self.out = Sharded(fx.Graph())
+        self.versions: dict[fx.Node, dict[Layout, fx.Node]] = {}
+        self.main: dict[fx.Node, Layout] = {}
+        self.ahead = heavy_ahead(graph)
+        self.use_split = mesh.size(axes) > 1
+
+    def run(self) -> Sharded:
+        for node in self.source.nodes:
+            if node.op == "output":
+                self._output(node)
+                continue
+            tensor = isinstance(node.meta.get("val"), torch.Tensor)
+            if node.op == "call_function" and (tensor or _is_tuple(node)):
+                self._call(node)
+            else:
+                self._copy(node, tensor)
+            if tensor and node in self.seeds and self.use_split:
+                self._seed(node)
+        return self.out
+
+    # -- versions of values ---------------------------------------------------------------
+
+    def _hold(self, old: fx.Node, new: fx.Node, layout: Layout, main: bool = True) -> None:
+        new.meta["layout"] = layout
+        self.versions.setdefault(old, {})[layout] = new
+        if main:
+            self.main[old] = layout
+            self.out.values[old] = new
+
+    def _get(self, old: fx.Node, want: Layout, why: str) -> fx.Node:
+        """``old`` in layout ``want``, from whichever version moves the fewest bytes."""
+        held = self.versions[old]
+        if want in held:
+            return held[want]
+        src = min(held, key=lambda x: (max(elements_sent(x, want, self.mesh)), len(x.split_axes)))
+        node = self.out.graph.call_function(redistribute, (held[src], str(src), str(want)))
+        node.meta = {"val": old.meta["val"], "layout": want, "why": why}
+        if "stack_trace" in old.meta:
+            node.meta["stack_trace"] = old.meta["stack_trace"]
+        held[want] = node
+        self.out.moved += max(elements_sent(src, want, self.mesh)) * old.meta["val"].element_size()
+        return node
+
+    def _seed(self, node: fx.Node) -> None:
+        layout = self.main[node]
+        if layout.partial or set(self.axes) & layout.axes:
+            return  # rows of another dimension are split here already
+        for pos in self.seeds[node][:1]:
+            want = seed_layout(layout, pos, self.axes, self.mesh, self.unit)
+            new = self._get(node, want, "seed")
+            self._hold(node, new, want)
+
+    # -- nodes ----------------------------------------------------------------------------
+
+    def _copy(self, node: fx.Node, tensor: bool) -> None:
+        """Placeholders, constants and operators on numbers: as they are, whole."""
+        new = self.out.graph.node_copy(node, lambda n: self.out.values[n])
+        self.out.values[node] = new
+        if tensor:
+            self._hold(node, new, Layout.whole(node.meta["val"].shape))
+
+    def _output(self, node: fx.Node) -> None:
+        def arg(n: fx.Node) -> fx.Node:
+            if n in self.main:
+                return self._get(n, Layout.whole(n.meta["val"].shape), "output")
+            return self.out.values[n]
+
+        args = fx.map_arg(node.args, arg)
+        new = self.out.graph.output(args[0])
+        new.meta = dict(node.meta)
+
+    def _call(self, node: fx.Node) -> None:
+        if getattr(node.target, "__name__", "") == "getitem":
+            self._getitem(node)
+            return
+        call = Call.of(node, tail=node not in self.ahead)
+        layouts = tuple(self.main[n] for n in call.operands)
+        decision = rule_for(call).decide(call, layouts, self.mesh)
+        if is_attention(node) and call.arg(4, "causal", False) and decision.outputs[0].split_axes:
+            self._causal(node, call, decision)
+            return
+        operands = self._operands(call, decision, layouts)
+        new = self._emit(node, operands, decision)
+        if isinstance(node.meta["val"], torch.Tensor):
+            if decision.divide_by:
+                new = self._mean(node, new, decision)
+            self._hold(node, new, new.meta["layout"])
+        else:
+            new.meta["layout"] = _nest(node.meta["val"], decision.outputs)
+            self.out.values[node] = new
+
+    def _operands(self, call: Call, decision: Decision, layouts: Sequence[Layout]) -> list[fx.Node]:
+        forced = {g.operand: g for g in decision.gathers}
+        operands = []
+        for i, (old, have, want) in enumerate(zip(call.operands, layouts, decision.inputs, strict=True)):
+            before = self.out.moved
+            known = want in self.versions[old]
+            why = "output" if call.tail else "plan"
+            if i in forced and not call.tail:
+                why = forced[i].kind
+            elif have.partial:
+                why = "reduce"
+            operands.append(self._get(old, want, why))
+            if i in forced and not call.tail and not known and not is_local(have, want, self.mesh):
+                gather = forced[i]
+                self.out.fallbacks.append(
+                    Fallback(call.name, gather.reason, gather.kind, self.out.moved - before, operands[-1])
+                )
+                operands[-1].meta["reason"] = gather.reason
+                if "stack_trace" in call.node.meta:  # the operator that forced it, not its producer
+                    operands[-1].meta["stack_trace"] = call.node.meta["stack_trace"]
+                if gather.reason.startswith("the view cuts rows into multiples of "):
+                    self.out.units.add(int(gather.reason.rsplit(" ", 1)[1]))
+        return operands
+
+    def _emit(self, node: fx.Node, operands: Sequence[fx.Node], decision: Decision) -> fx.Node:
+        target = node.target
+        args, kwargs = replace_operands(node, operands, self.out.values)
+        if decision.divide_by:
+            target = torch.ops.aten.sum.dim_IntList
+            dims = args[1] if len(args) > 1 else list(range(node.args[0].meta["val"].dim()))  # type: ignore[union-attr]
+            args = (args[0], dims, *args[2:3])
+        new = self.out.graph.call_function(target, args, kwargs)  # type: ignore[arg-type]
+        new.meta = {**node.meta, "origin": node.name}
+        if decision.divide_by:
+            del new.meta["origin"]  # a sum stands where a mean stood
+        if len(decision.outputs) == 1:
+            new.meta["layout"] = decision.outputs[0]
+        return new
+
+    def _mean(self, node: fx.Node, total: fx.Node, decision: Decision) -> fx.Node:
+        """Divide the partial sums before they are added up: no larger values than a mean has."""
+        args = (total, 1.0 / decision.divide_by)
+        new = self.out.graph.call_function(torch.ops.aten.mul.Tensor, args)
+        new.meta = {**node.meta, "layout": decision.outputs[0], "origin": node.name}
+        return new
+
+    def _getitem(self, node: fx.Node) -> None:
+        source = self.out.values[node.args[0]]  # type: ignore[index]
+        new = self.out.graph.call_function(node.target, (source, node.args[1]))  # type: ignore[arg-type]
+        new.meta = dict(node.meta)
+        layout = source.meta["layout"][node.args[1]]
+        if isinstance(node.meta.get("val"), torch.Tensor):
+            self._hold(node, new, layout)
+        else:
+            new.meta["layout"] = layout
+            self.out.values[node] = new
+
+    def _causal(self, node: fx.Node, call: Call, decision: Decision) -> None:
+        """Rows of a causal attention are no longer where the kernel would think: the mask is written out.
+
+        ``arange(S)[:, None] >= arange(T)``: pointwise, so each rank computes only its own rows' mask.
+        """
+        graph, device = self.out.graph, node.meta["val"].device
+        mode = node.meta["val"].fake_mode
+        rows, keys = call.shapes[0][-2], call.shapes[1][-2]
+
+        def emit(target: Any, args: tuple[Any, ...], layout: Layout, **kwargs: Any) -> fx.Node:
+            new = graph.call_function(target, args, kwargs)
+            with mode:
+                value = target(*fx.map_arg(args, lambda n: n.meta["val"]), **kwargs)
+            new.meta = {**node.meta, "val": value, "layout": layout}
+            return new
+
+        split = decision.outputs[0].dims[-2]
+        whole_rows = Layout((Dim.whole(rows), Dim.whole(1)))
+        index = emit(torch.ops.aten.arange.default, (rows,), Layout.whole((rows,)), device=device)
+        index = emit(torch.ops.aten.view.default, (index, [rows, 1]), whole_rows)
+        if not split.is_whole:
+            want = Layout((split, Dim.whole(1)))
+            index = emit(redistribute, (index, str(whole_rows), str(want)), want)
+            index.meta["why"] = "seed"
+        columns = emit(torch.ops.aten.arange.default, (keys,), Layout.whole((keys,)), device=device)
+        layout = Layout((split, Dim.whole(keys)))
+        mask = emit(torch.ops.aten.ge.Tensor, (index, columns), layout)
+        layouts = tuple(self.main[n] for n in call.operands)
+        operands = self._operands(call, decision, layouts)
+        if len(operands) > 3:
+            raise AssertionError("SDPA takes no mask beside is_causal")
+        args = (*operands, mask, False, call.arg(5, "scale"), call.arg(6, "gqa", False))
+        new = graph.call_function(node.target, args)  # type: ignore[arg-type]
+        new.meta = dict(node.meta)
+        self._hold(node, new, decision.outputs[0])
+
+
+def replace_operands(
+    node: fx.Node, operands: Sequence[fx.Node], values: Mapping[fx.Node, fx.Node]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The node's arguments with its tensor operands (in order) and other nodes replaced."""
+    queue = iter(operands)
+
+    def leaf(value: Any) -> Any:
+        if not isinstance(value, fx.Node):
+            return value
+        if isinstance(value.meta.get("val"), torch.Tensor):
+            return next(queue)
+        return values[value]
+
+    args, kwargs = pytree.tree_map(leaf, (tuple(node.args), dict(node.kwargs)), is_leaf=_is_node)
+    return args, kwargs
+
+
+def _is_node(value: Any) -> bool:
+    return isinstance(value, fx.Node)
+
+
+def _is_tuple(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, (tuple, list)) and any(isinstance(v, torch.Tensor) for v in value)
+
+
+def _nest(value: Any, outputs: Sequence[Layout]) -> tuple[Layout | None, ...]:
+    queue = iter(outputs)
+    return tuple(next(queue) if isinstance(v, torch.Tensor) else None for v in value)
+
+
+def balance(graph: fx.Graph, mesh: Mesh) -> float:
+    """Largest rank's multiply-adds over the mean of all: 1 is even (attention over split keys counted local)."""
+    work = [0.0] * mesh.ranks
+    for node in graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if schema is None or schema.name not in HEAVY:
+            continue
+        value, layout = node.meta["val"], node.meta["layout"]
+        depth = _depth(node)
+        for rank in range(mesh.ranks):
+            work[rank] += math.prod(layout.local_shape(mesh, rank)) * depth
+        del value
+    mean = sum(work) / len(work)
+    return max(work) / mean if mean else 1.0
+
+
+def _depth(node: fx.Node) -> int:
+    if is_attention(node):
+        return 2 * int(node.args[1].meta["val"].shape[-2])  # type: ignore[union-attr]
+    operand = node.args[1] if node.target is torch.ops.aten.addmm.default else node.args[0]
+    return int(operand.meta["val"].shape[-1])  # type: ignore[union-attr]

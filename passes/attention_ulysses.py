@@ -1,0 +1,125 @@
+"""``attention-ulysses``: tokens to heads before attention, heads to tokens after it.
+
+DeepSpeed-Ulysses' all-to-all: four exchanges of 1/N of the tensor per attention, of which
+(N-1)/N leaves the rank. Where the heads do not divide over the ranks, a rank's share is a
+rectangle of heads x query rows: the mesh axes are partly spent on heads, partly on rows.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import fx
+
+from fastpar.core.layout import Atom, Dim, Layout, Seg, even_parts
+from fastpar.core.mesh import Mesh
+from fastpar.core.transfer import elements_sent
+from fastpar.graph.pipeline import Pass, PassContext
+from fastpar.graph.program import Program
+from fastpar.passes.attention_gather import split_keys
+from fastpar.rules.attention import kv_head_dim, mask_layout
+from fastpar.sharding.rewrite import redistributed
+
+UNBALANCED = 1.05  # largest share of the work over the mean that fewer bytes may cost
+
+
+@dataclass(frozen=True)
+class AttentionUlysses(Pass):
+    """Heads split over ``axes`` as far as they go (default: all axes that split the keys)."""
+
+    name: ClassVar[str] = "attention-ulysses"
+    stage_in: ClassVar[str] = "sharded"
+
+    axes: tuple[str, ...] = ()
+
+    def apply(self, program: Program, ctx: PassContext) -> Program:
+        mesh: Mesh = ctx.mesh
+        for node in split_keys(program.graph):
+            self._rewrite(node, mesh)
+        program.gm.recompile()
+        return program
+
+    def _rewrite(self, node: fx.Node, mesh: Mesh) -> None:
+        q, k, v = node.args[:3]
+        layouts: list[Layout] = [x.meta["layout"] for x in (q, k, v)]  # type: ignore[union-attr]
+        result: Layout = node.meta["layout"]
+        keys = layouts[1].dims[-2]
+        axes = self.axes or mesh.ordered(keys.axes)
+        options = []
+        for count in range(len(axes) + 1):
+            for spent in itertools.combinations(axes, count):
+                option = _rectangle(layouts, result, spent, mesh)
+                if option is not None:
+                    options.append(option)
+        least = min(option[0] for option in options)
+        _, _, wants, out = min(
+            (o for o in options if o[0] <= UNBALANCED * least), key=lambda o: (o[1], o[0])
+        )
+        args = list(node.args)
+        for i, want in enumerate(wants):
+            args[i] = redistributed(node, args[i], want, "attention")  # type: ignore[arg-type]
+        if len(args) > 3 and isinstance(args[3], fx.Node):
+            mask = mask_layout(tuple(args[3].meta["val"].shape), list(out.dims[:-2]), out.dims[-2])
+            args[3] = redistributed(node, args[3], mask, "mask")
+        node.args = tuple(args)
+        node.meta["split_keys"] = True
+        if out != result:
+            node.meta = {**node.meta, "layout": out}
+            users = list(node.users)
+            with node.graph.inserting_after(node):
+                back = redistributed(None, node, result, "attention")
+            for user in users:
+                user.replace_input_with(node, back)
+
+
+def _rectangle(
+    layouts: list[Layout], result: Layout, spent: tuple[str, ...], mesh: Mesh
+) -> tuple[float, int, list[Layout], Layout] | None:
+    """(work of the busiest rank, elements it sends, layouts of q, k and v, of the result) when heads
+    are split over ``spent`` and query rows over what is left; None where there are too few heads."""
+    lead = len(result.dims) - 2
+    heads = list(result.dims[:lead])
+    if spent:
+        if lead == 0:
+            return None
+        groups = layouts[1].dims[lead - 1].size if len(layouts[1].dims) == len(result.dims) else 1
+        dim = heads[-1]
+        if groups < mesh.size(spent) or dim.size % groups or not dim.is_whole:
+            return None
+        if layouts[1].dims[lead - 1].size == 1 < dim.size:  # one key head for all: it is not split
+            groups = dim.size
+        heads[-1] = Dim.split(dim.size, spent, even_parts(dim.size, mesh.size(spent), dim.size // groups))
+    rows = without_axes(result.dims[-2], spent, mesh)
+    out = Layout((*heads, rows, result.dims[-1]))
+    wants = [Layout((*heads, rows, layouts[0].dims[-1]))]
+    for x in layouts[1:3]:
+        shape = x.shape[:-2]
+        kv = tuple(kv_head_dim(d, s) for d, s in zip(heads[len(heads) - len(shape) :], shape, strict=True))
+        wants.append(Layout((*kv, Dim.whole(x.dims[-2].size), x.dims[-1])))
+    work = max(math.prod(out.local_shape(mesh, r)[:-1]) for r in range(mesh.ranks))
+    sent = [0] * mesh.ranks
+    for src, dst in [*zip(layouts[:3], wants, strict=True), (out, result)]:
+        sent = [a + b for a, b in zip(sent, elements_sent(src, dst, mesh), strict=True)]
+    return float(work), max(sent), wants, out
+
+
+def without_axes(dim: Dim, gone: tuple[str, ...], mesh: Mesh) -> Dim:
+    """``dim`` no longer split over ``gone``: the parts along them are joined where they adjoin."""
+    atoms = []
+    for atom in dim.atoms:
+        segs = []
+        for seg in atom.segs:
+            kept = tuple(a for a in seg.axes if a not in gone)
+            if not kept:
+                segs.append(Seg(seg.size))
+            elif seg.axes[: len(kept)] == kept:  # the axes that go vary fastest: neighbours join
+                step = mesh.size(seg.axes) // mesh.size(kept)
+                parts = tuple(sum(seg.parts[i : i + step]) for i in range(0, len(seg.parts), step))
+                segs.append(Seg(seg.size, kept, parts))
+            else:
+                segs.append(Seg(seg.size, kept, even_parts(seg.size, mesh.size(kept))))
+        atoms.append(Atom(tuple(segs)))
+    return Dim.of(atoms)

@@ -1,0 +1,138 @@
+"""``localise``: the program of one rank, with its own sizes, peers and boxes.
+
+The last pass. Collectives become ``torch.ops._c10d_functional`` calls on groups named by
+mesh axes (``ctx.groups`` maps them to process groups; in simulation the axes' own names
+stay), everything else gets its local sizes from the layouts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from operator import getitem
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from fastpar.core.layout import Layout
+from fastpar.core.mesh import Mesh
+from fastpar.core.transfer import changed_axes, transfer
+from fastpar.graph.pipeline import Pass, PassContext
+from fastpar.graph.program import Program
+from fastpar.ops.collectives import Exchange, all_gather, all_reduce, all_to_all, local, pack, unpack
+from fastpar.rules.localise import Localiser
+
+_C10D = torch.ops._c10d_functional
+
+
+def group_name(axes: tuple[str, ...]) -> str:
+    """Name of the group over ``axes`` until it is mapped to a process group."""
+    return ".".join(axes)
+
+
+@dataclass(frozen=True)
+class Localise(Pass):
+    """The program of ``rank``."""
+
+    name: ClassVar[str] = "localise"
+    stage_in: ClassVar[str] = "lowered"
+    stage_out: ClassVar[str] = "localised"
+
+    rank: int = 0
+
+    def apply(self, program: Program, ctx: PassContext) -> Program:
+        writer = _Writer(program, ctx.mesh, self.rank, getattr(ctx, "groups", None) or {})
+        gm = fx.GraphModule(program.gm, writer.run(), class_name=f"Rank{self.rank}")
+        gm.meta = dict(program.gm.meta)
+        return Program(gm, program.inputs, "localised", program.name, ctx.mesh, program.plan, program.notes)
+
+
+class _Writer:
+    def __init__(self, program: Program, mesh: Mesh, rank: int, groups: dict[tuple[str, ...], str]) -> None:
+        self.source, self.mesh, self.rank, self.groups = program.graph, mesh, rank, groups
+        self.graph = fx.Graph()
+        self.env: dict[fx.Node, Any] = {}
+        self.localiser = Localiser(mesh)
+
+    def run(self) -> fx.Graph:
+        for node in self.source.nodes:
+            handler = _HANDLERS.get(node.target) if node.op == "call_function" else None
+            if handler is not None:
+                self.env[node] = handler(self, node)
+            elif node.op == "call_function" and node.target is getitem and node.args[0].target is all_to_all:
+                self.env[node] = self.env[node.args[0]][node.args[1]]
+            elif node.op == "call_function":
+                target, args, kwargs = self.localiser.call(node, self.rank)
+                self.env[node] = self._emit(node, target, self._map(args), self._map(kwargs))
+            else:
+                new = self.graph.node_copy(node, lambda n: self.env[n])
+                new.meta = dict(node.meta)
+                self.env[node] = new
+        return self.graph
+
+    def _map(self, value: Any) -> Any:
+        return fx.map_arg(value, lambda n: self.env[n])
+
+    def _emit(self, origin: fx.Node, target: Any, args: tuple[Any, ...], kwargs: Any = None) -> fx.Node:
+        new = self.graph.call_function(target, args, kwargs or {})
+        new.meta = {k: origin.meta[k] for k in ("stack_trace", "layout", "why") if k in origin.meta}
+        new.meta["val"] = origin.meta.get("val")
+        return new
+
+    def _group(self, axes: tuple[str, ...]) -> str:
+        return self.groups.get(axes, group_name(axes))
+
+    def local(self, node: fx.Node) -> fx.Node:
+        src, dst = (Layout.parse(str(a)).summed() for a in node.args[1:3])
+        t = transfer(src, dst, self.mesh, self.rank)
+        x = self.env[node.args[0]]  # type: ignore[index]
+        boxes = t.receives[t.me]
+        if len(boxes) > 1:
+            exchange = Exchange([src], [dst], self.mesh, self.rank)
+            buffer = self._emit(node, pack, ([x], exchange.send_boxes_to(t.me)))
+            done = self._emit(node, unpack, (buffer, exchange.shapes, exchange.receive_boxes_from(t.me)))
+            return self._emit(node, getitem, (done, 0))
+        for d, (have, want) in enumerate(zip(src.local_shape(self.mesh, self.rank), t.shape, strict=True)):
+            if have != want:
+                start = boxes[0].src[d] if boxes else 0
+                x = self._emit(node, torch.ops.aten.slice.Tensor, (x, d, start, start + want))
+        if x is not self.env[node.args[0]]:  # type: ignore[index]
+            x = self._emit(node, torch.ops.aten.clone.default, (x,), {"memory_format": torch.contiguous_format})
+        return x
+
+    def all_to_all(self, node: fx.Node) -> list[fx.Node]:
+        srcs, dsts = ([Layout.parse(str(t)) for t in a] for a in node.args[1:3])  # type: ignore[union-attr]
+        exchange = Exchange(srcs, dsts, self.mesh, self.rank)
+        xs = self._map(node.args[0])
+        buffer = self._emit(node, pack, (xs, exchange.send_boxes))
+        name = self._group(changed_axes(srcs[0], dsts[0], self.mesh))
+        args = (buffer, exchange.receive_splits, exchange.send_splits, name)
+        return self._finish(node, self._emit(node, _C10D.all_to_all_single.default, args), exchange, len(xs))
+
+    def all_gather(self, node: fx.Node) -> fx.Node:
+        src, dst = (Layout.parse(str(a)) for a in node.args[1:3])
+        exchange = Exchange([src], [dst], self.mesh, self.rank)
+        buffer = self._emit(node, pack, ([self.env[node.args[0]]], exchange.send_boxes_to(0)))  # type: ignore[index]
+        name = self._group(changed_axes(src, dst, self.mesh))
+        args = (buffer, len(exchange.group), name)
+        return self._finish(node, self._emit(node, _C10D.all_gather_into_tensor.default, args), exchange, 1)[0]
+
+    def all_reduce(self, node: fx.Node) -> fx.Node:
+        x = self.env[node.args[0]]  # type: ignore[index]
+        x = self._emit(node, torch.ops.aten.clone.default, (x,), {"memory_format": torch.contiguous_format})
+        name = self._group(tuple(str(node.args[2]).split(".")))
+        started = self._emit(node, _C10D.all_reduce.default, (x, node.args[1], name))
+        return self._emit(node, _C10D.wait_tensor.default, (started,))
+
+    def _finish(self, node: fx.Node, started: fx.Node, exchange: Exchange, count: int) -> list[fx.Node]:
+        buffer = self._emit(node, _C10D.wait_tensor.default, (started,))
+        done = self._emit(node, unpack, (buffer, exchange.shapes, exchange.receive_boxes))
+        return [self._emit(node, getitem, (done, i)) for i in range(count)]
+
+
+_HANDLERS: dict[Any, Any] = {
+    local: _Writer.local,
+    all_to_all: _Writer.all_to_all,
+    all_gather: _Writer.all_gather,
+    all_reduce: _Writer.all_reduce,
+}

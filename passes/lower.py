@@ -1,0 +1,65 @@
+"""``lower``: every change of layout becomes one concrete operator.
+
+Rows that a rank has already are a slice; equal shares that all ranks need are an
+all-gather; sums over ranks are an all-reduce; everything else is one packed all-to-all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from operator import getitem
+from typing import ClassVar
+
+from torch import fx
+
+from fastpar.core.layout import Layout
+from fastpar.core.mesh import Mesh
+from fastpar.core.transfer import is_local
+from fastpar.graph.pipeline import Pass, PassContext
+from fastpar.graph.program import Program
+from fastpar.ops.collectives import all_gather, all_reduce, all_to_all, gathers_evenly, local
+from fastpar.ops.redistribute import redistribute
+
+
+@dataclass(frozen=True)
+class Lower(Pass):
+    """Chooses the collective for each redistribute."""
+
+    name: ClassVar[str] = "lower"
+    stage_in: ClassVar[str] = "sharded"
+    stage_out: ClassVar[str] = "lowered"
+
+    def apply(self, program: Program, ctx: PassContext) -> Program:
+        for node in list(program.graph.nodes):
+            if node.target is redistribute:
+                with program.graph.inserting_before(node):
+                    new = self._lower(program.graph, node, ctx.mesh)
+                node.replace_all_uses_with(new)
+                program.graph.erase_node(node)
+        program.stage = "lowered"
+        program.gm.recompile()
+        return program
+
+    def _lower(self, graph: fx.Graph, node: fx.Node, mesh: Mesh) -> fx.Node:
+        x: fx.Node = node.args[0]  # type: ignore[assignment]
+        src, dst = Layout.parse(str(node.args[1])), Layout.parse(str(node.args[2]))
+
+        def emit(target: object, args: tuple[object, ...], layout: object) -> fx.Node:
+            new = graph.call_function(target, args)  # type: ignore[arg-type]
+            new.meta = {**node.meta, "layout": layout}
+            return new
+
+        for entry in src.partial:
+            if entry not in dst.partial:
+                src = Layout(src.dims, tuple(p for p in src.partial if p != entry))
+                x = emit(all_reduce, (x, entry.op, ".".join(entry.axes)), src)
+        if src == dst:
+            return x
+        text = (str(src), str(dst))
+        if is_local(src, dst, mesh):
+            return emit(local, (x, *text), dst)
+        if gathers_evenly(src, dst, mesh):
+            return emit(all_gather, (x, *text), dst)
+        exchange = emit(all_to_all, ([x], [text[0]], [text[1]]), (dst,))
+        exchange.meta["val"] = [node.meta["val"]]
+        return emit(getitem, (exchange, 0), dst)

@@ -1,0 +1,89 @@
+"""``shard``: from whole tensors to local shards with abstract communication.
+
+Candidates are found backward, layouts spread forward. Where attention is factorised there
+are several candidates, and where a view cuts rows in multiples there are several
+granularities: each is tried, and the one that moves the fewest bytes wins, work that
+would be left unbalanced counted at the same rate.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import fx
+
+from fastpar.core.errors import PlanError
+from fastpar.core.mesh import Mesh
+from fastpar.graph.pipeline import Pass, PassContext
+from fastpar.graph.program import Program
+from fastpar.sharding.candidates import Candidate, find, is_attention
+from fastpar.sharding.insert import Inserter, Sharded, balance
+
+
+@dataclass(frozen=True)
+class Shard(Pass):
+    """Split tokens over ``axes`` (default: all token axes of the mesh)."""
+
+    name: ClassVar[str] = "shard"
+    stage_in: ClassVar[str] = "captured"
+    stage_out: ClassVar[str] = "sharded"
+
+    axes: tuple[str, ...] = ()
+
+    def apply(self, program: Program, ctx: PassContext) -> Program:
+        mesh: Mesh = ctx.mesh
+        axes = self.axes or mesh.names
+        unknown = [a for a in axes if a not in mesh.names]
+        if unknown:
+            raise PlanError(f"shard: axis {unknown[0]!r} is not on the mesh, which has {list(mesh.names)}")
+        candidates = find(program.graph)
+        best = self._best(program.graph, mesh, axes, candidates, ctx)
+        gm = fx.GraphModule(program.gm, best.graph, class_name="Sharded")
+        out = Program(gm, program.inputs, "sharded", program.name, mesh, program.plan, list(program.notes))
+        gm.graph.eliminate_dead_code()
+        gm.meta = dict(program.gm.meta)
+        alive = set(gm.graph.nodes)
+        gm.meta["fallbacks"] = [f for f in best.fallbacks if f.node in alive]
+        if not candidates:
+            out.notes.append("nothing to split: no attention and no product over rows; every rank runs all of it")
+        gm.recompile()
+        return out
+
+    def _best(
+        self, graph: fx.Graph, mesh: Mesh, axes: tuple[str, ...], candidates: list[Candidate], ctx: PassContext
+    ) -> Sharded:
+        if not candidates or mesh.size(axes) == 1:
+            return Inserter(graph, mesh, axes, ()).run()
+        best: tuple[float, Sharded] | None = None
+        tried: list[str] = []
+        for candidate in candidates:
+            units = [1]
+            while units:
+                unit = units.pop(0)
+                result = Inserter(graph, mesh, axes, candidate.seeds, unit).run()
+                if unit == 1:
+                    units += sorted(result.units)
+                cost = predicted_bytes(result, mesh)
+                tried.append(f"{candidate.rows} rows in multiples of {unit}: {cost / 1e6:.3f} MB predicted")
+                if best is None or cost < best[0]:
+                    best = (cost, result)
+        if len(tried) > 1:
+            ctx.notes.append("shard tried " + "; ".join(tried) + f"; chose {best[0] / 1e6:.3f} MB")  # type: ignore[index]
+        assert best is not None
+        return best[1]
+
+
+def predicted_bytes(sharded: Sharded, mesh: Mesh) -> float:
+    """Bytes that leave the busiest rank, attention over split keys included, scaled by unbalanced work."""
+    total = float(sharded.moved)
+    for node in sharded.graph.nodes:
+        if is_attention(node):
+            q, k = node.args[0], node.args[1]
+            axes = k.meta["layout"].dims[-2].axes  # type: ignore[union-attr]
+            if axes:
+                n = mesh.size(mesh.ordered(axes))
+                value = q.meta["val"]  # type: ignore[union-attr]
+                total += 4 * (n - 1) / n * value.numel() * value.element_size() / n
+    # a rank that waits for another costs like communication: both are time in which nothing is computed
+    return (total + 1) * balance(sharded.graph, mesh) ** 2

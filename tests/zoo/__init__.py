@@ -1,0 +1,21 @@
+"""A zoo of tiny random diffusion transformers: one case or more for every class that diffusers exports.
+
+    case = zoo.CASES["FluxTransformer2DModel"]
+    model = case.build(dtype=torch.float64, seed=0)
+    outputs = model(**case.inputs(dtype=torch.float64, seed=0, text=77))
+
+`case.at(text=77, size=(9, 13), batch=1)` fixes knobs for both. `python -m tests.zoo` checks every case.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+from .registry import CASES, UNAVAILABLE, Case, Draw, Knobs, missing, transformer_classes
+
+_IMAGES = ("images", "flux", "joint", "sequences")
+_VIDEOS = ("videos", "wan", "hunyuan", "kandinsky", "multimodal")
+for _family in (*_IMAGES, *_VIDEOS, "audio", "older"):
+    importlib.import_module(f".{_family}", __name__)
+
+__all__ = ["CASES", "UNAVAILABLE", "Case", "Draw", "Knobs", "missing", "transformer_classes"]
