@@ -31,22 +31,31 @@ from fastpar.core.mesh import Mesh
 
 @dataclass(frozen=True)
 class Seg:
-    """A run of rows of one dimension: whole, or split over ``axes`` into ``parts``."""
+    """A run of rows of one dimension: whole, or split over ``axes`` into ``parts``.
+
+    Parts follow each other, unless ``offsets`` says where each begins: then they are windows,
+    which may overlap (what a convolution reads of its input).
+    """
 
     size: int
     axes: tuple[str, ...] = ()
     parts: tuple[int, ...] = ()
+    offsets: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.axes and sum(self.parts) != self.size:
+        if self.axes and not self.offsets and sum(self.parts) != self.size:
             raise ValueError(f"parts {self.parts} do not sum to {self.size}")
+        if self.offsets and any(o < 0 or o + p > self.size for o, p in zip(self.offsets, self.parts, strict=True)):
+            raise ValueError(f"windows {self.offsets}, {self.parts} reach outside {self.size} rows")
 
     def scaled(self, k: int) -> Seg:
         """The same segment with every row standing for ``k`` rows."""
-        return Seg(self.size * k, self.axes, tuple(p * k for p in self.parts))
+        return Seg(self.size * k, self.axes, tuple(p * k for p in self.parts), tuple(o * k for o in self.offsets))
 
     def starts(self) -> tuple[int, ...]:
         """First row of each coordinate's part, relative to the segment."""
+        if self.offsets:
+            return self.offsets
         out, total = [], 0
         for part in self.parts:
             out.append(total)
@@ -58,12 +67,13 @@ class Seg:
         if not self.axes:
             return 0, self.size
         c = mesh.coordinate(rank, self.axes)
-        return sum(self.parts[:c]), self.parts[c]
+        return (self.offsets[c] if self.offsets else sum(self.parts[:c])), self.parts[c]
 
     def __str__(self) -> str:
         if not self.axes:
             return str(self.size)
-        return f"{self.size}@{'.'.join(self.axes)}({_runs(self.parts)})"
+        windows = f";{_runs(self.offsets)}" if self.offsets else ""
+        return f"{self.size}@{'.'.join(self.axes)}({_runs(self.parts)}{windows})"
 
 
 @dataclass(frozen=True)
@@ -301,21 +311,26 @@ def _runs(parts: Sequence[int]) -> str:
     return ",".join(out)
 
 
-_SEG = re.compile(r"(\d+)(?:@([\w.]+)\(([\d*,]*)\))?$")
+_SEG = re.compile(r"(\d+)(?:@([\w.]+)\(([\d*,]+)(?:;([\d*,]+))?\))?$")
 
 
 def _parse_seg(text: str) -> Seg:
     match = _SEG.match(text)
     if not match:
         raise TextError(f"{text!r} is no segment; valid: '4096' or '4096@sp(512*8)'")
-    size, axes, runs = match.groups()
+    size, axes, parts, offsets = match.groups()
     if axes is None:
         return Seg(int(size))
-    parts: list[int] = []
+    return Seg(int(size), tuple(axes.split(".")), _numbers(parts), _numbers(offsets) if offsets else ())
+
+
+def _numbers(runs: str) -> tuple[int, ...]:
+    """Inverse of ``_runs``."""
+    out: list[int] = []
     for run in runs.split(","):
-        part, _, times = run.partition("*")
-        parts += [int(part)] * int(times or 1)
-    return Seg(int(size), tuple(axes.split(".")), tuple(parts))
+        number, _, times = run.partition("*")
+        out += [int(number)] * int(times or 1)
+    return tuple(out)
 
 
 def _outside(text: str, separator: str) -> list[str]:

@@ -32,9 +32,10 @@ def split_atom(atom: Atom, major: int) -> tuple[Atom, Atom] | None:
     minor = atom.size // major
     segs = []
     for seg in atom.segs:
-        if seg.size % minor or any(p % minor for p in seg.parts):
+        if any(n % minor for n in (seg.size, *seg.parts, *seg.offsets)):
             return None
-        segs.append(Seg(seg.size // minor, seg.axes, tuple(p // minor for p in seg.parts)))
+        parts, offsets = (tuple(n // minor for n in ns) for ns in (seg.parts, seg.offsets))
+        segs.append(Seg(seg.size // minor, seg.axes, parts, offsets))
     return Atom(tuple(segs)), Atom((Seg(minor),))
 
 
@@ -103,6 +104,8 @@ def slice_dim(dim: Dim, start: int, stop: int, step: int = 1) -> Dim | None:
         return None
     segs, offset = [], 0
     for seg in atom.segs:
+        if seg.offsets:
+            return None
         intervals = [(0, seg.size)] if not seg.axes else list(zip(seg.starts(), seg.parts, strict=True))
         counts = [count_in(offset + a, offset + a + n, start, stop, step) for a, n in intervals]
         total = count_in(offset, offset + seg.size, start, stop, step)
@@ -135,5 +138,7 @@ def cat_dims(dims: Sequence[Dim]) -> Dim | None:
 
 
 def disjoint(dim: Dim) -> bool:
-    """True where no row of a split dimension is held twice (no whole segment beside a split one)."""
-    return dim.is_whole or all(seg.axes for atom in dim.atoms if not atom.whole for seg in atom.segs)
+    """True where no row of a split dimension is held twice: no whole segment beside a split one, no windows."""
+    return dim.is_whole or all(
+        seg.axes and not seg.offsets for atom in dim.atoms if not atom.whole for seg in atom.segs
+    )

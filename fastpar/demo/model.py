@@ -27,7 +27,6 @@ def load_digits(dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     config: dict[str, Any] = json.loads((data / "digits.json").read_text(encoding="utf-8"))
     model: torch.nn.Module = DiTTransformer2DModel.from_config(config)
     model.load_state_dict(load((data / "digits.safetensors").read_bytes()))
-    torch.nn.Module.to(
-        model, dtype
-    )  # diffusers' own override warns about float32 modules, of which it has none
+    # Not diffusers' own override of to(): it warns of modules to be kept in float32, of which there are none.
+    torch.nn.Module.to(model, dtype)
     return model.eval().requires_grad_(False)

@@ -15,6 +15,7 @@ timestep, stay inputs.
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -75,13 +76,10 @@ def compile_fx(gm: fx.GraphModule, example_inputs: Sequence[Any], finish: Finish
     keep_whole(gm)
 
     def inference(flat: fx.GraphModule, flat_inputs: Sequence[Any]) -> Callable[[list[Any]], Any]:
-        program = _program(flat, described)
-        runner = finish(program)
+        runner = finish(_program(flat, described))
 
-        def run(args: list[Any]) -> Any:
-            return runner(args)
-
-        run._boxed_call = True
+        run: Any = functools.partial(runner)
+        run._boxed_call = True  # AOT then passes a list, which the runner may empty
         return run
 
     def training(flat: fx.GraphModule, flat_inputs: Sequence[Any]) -> Any:
@@ -335,9 +333,15 @@ class _Session:
 
 
 def _copy(value: Any) -> Any:
-    if isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor):
-        return value.detach().clone()
-    return value
+    """A copy of a tensor with the same strides, overlaps and gaps included."""
+    if not isinstance(value, torch.Tensor) or isinstance(value, FakeTensor):
+        return value
+    value = value.detach()
+    if value.layout is not torch.strided or value.numel() == 0:
+        return value.clone()
+    shape, stride = value.shape, value.stride()
+    extent = 1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
+    return value.as_strided((extent,), (1,)).clone().as_strided(shape, stride)
 
 
 def execute(program: Program, args: Sequence[Any]) -> tuple[Any, ...]:

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import fx
 
 from fastpar.core.layout import Layout
 from fastpar.core.mesh import Mesh
 from fastpar.rules.table import Call, rule_for
-
-# a view of a whole tensor need not be one of a part that arrived in another memory order
-_RESHAPE = frozenset(["aten::view", "aten::_unsafe_view"])
 
 
 class Localiser:
@@ -31,10 +27,7 @@ class Localiser:
             outs = (layout,) if isinstance(layout, Layout) else tuple(x for x in layout or () if x is not None)
             self._seen[node] = (call, ins, outs, all(x.is_whole for x in (*ins, *outs)))
         call, ins, outs, whole = self._seen[node]
-        target: Any = node.target
-        if call.name in _RESHAPE:
-            target = torch.ops.aten.reshape.default
-        if whole:
-            return target, call.args, call.kwargs
-        args, kwargs = rule_for(call).localise(call, ins, outs, self.mesh, rank)
-        return target, args, kwargs
+        rule = rule_for(call)
+        if whole and not rule.localises_whole:
+            return node.target, call.args, call.kwargs
+        return rule.localise(call, ins, outs, self.mesh, rank)

@@ -116,10 +116,14 @@ def tensor_operands(node: fx.Node) -> tuple[fx.Node, ...]:
     )
 
 
+Localised = tuple[Any, tuple[Any, ...], dict[str, Any]]
+
+
 class Rule:
     """Default behaviour: everything whole, rows not followed, arguments as they are."""
 
     reason = "no rule for this operator"
+    localises_whole = False  # True where a node over whole values only is written anew, too
 
     def decide(self, call: Call, layouts: tuple[Layout, ...], mesh: Mesh) -> Decision:
         return whole_decision(call, layouts, self.reason)
@@ -137,8 +141,9 @@ class Rule:
 
     def localise(
         self, call: Call, ins: tuple[Layout, ...], outs: tuple[Layout, ...], mesh: Mesh, rank: int
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return call.args, call.kwargs
+    ) -> Localised:
+        """(target, args, kwargs) on ``rank``; arguments still hold the graph's nodes."""
+        return call.node.target, call.args, call.kwargs
 
 
 def whole_decision(call: Call, layouts: tuple[Layout, ...], reason: str) -> Decision:

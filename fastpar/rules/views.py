@@ -10,23 +10,25 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
+
 from fastpar.core.layout import Atom, Dim, Layout, Seg, even_parts
 from fastpar.core.mesh import Mesh
 from fastpar.core.regroup import Misfit, cat_dims, disjoint, regroup, slice_dim
 from fastpar.rules.factor import FactorRule, Factors
-from fastpar.rules.table import Call, Decision, Gather, Pos, Rule, register
+from fastpar.rules.table import Call, Decision, Gather, Localised, Pos, Rule, register
 
-Localised = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-def _replace(call: Call, index: int, name: str, value: Any) -> Localised:
+def _replace(call: Call, index: int, name: str, value: Any, target: Any = None) -> Localised:
+    target = target or call.node.target
     if len(call.args) > index:
-        return (*call.args[:index], value, *call.args[index + 1 :]), call.kwargs
-    return call.args, {**call.kwargs, name: value}
+        return target, (*call.args[:index], value, *call.args[index + 1 :]), call.kwargs
+    return target, call.args, {**call.kwargs, name: value}
 
 
 class ViewRule(Rule):
     """view, reshape: ``args = (x, shape)``."""
+
+    localises_whole = True  # whole values may have been gathered into another memory order
 
     def decide(self, call: Call, layouts: tuple[Layout, ...], mesh: Mesh) -> Decision:
         (x,) = layouts
@@ -71,7 +73,8 @@ class ViewRule(Rule):
     def localise(
         self, call: Call, ins: tuple[Layout, ...], outs: tuple[Layout, ...], mesh: Mesh, rank: int
     ) -> Localised:
-        return _replace(call, 1, "size", list(outs[0].local_shape(mesh, rank)))
+        # reshape: a view of a whole tensor need not be one of a part that arrived in another memory order
+        return _replace(call, 1, "size", list(outs[0].local_shape(mesh, rank)), torch.ops.aten.reshape.default)
 
 
 def _strides(shape: tuple[int, ...]) -> list[tuple[int, int]]:
@@ -192,7 +195,7 @@ class SliceRule(Rule):
         kept = [i for i, g in enumerate(rows.tolist()) if start <= g < stop and (g - start) % step == 0]
         low = kept[0] if kept else 0
         high = kept[-1] + 1 if kept else 0
-        return (call.args[0], d, low, high, step), {}
+        return call.node.target, (call.args[0], d, low, high, step), {}
 
 
 class CatRule(Rule):

@@ -51,7 +51,7 @@ class Report:
     diverged_at: str | None = None
     flops_share: float = 1.0
     attainable_share: float = 1.0
-    time_share: float = 1.0
+    time_share: float | None = None  # None: not computed, there is no cost model to ask
     replicated: list[Replicated] = field(default_factory=list)
     fallbacks: list[FallbackReport] = field(default_factory=list)
     collectives: list[Collective] = field(default_factory=list)

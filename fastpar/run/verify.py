@@ -21,14 +21,12 @@ from fastpar.graph.capture import Captured, Inputs, Recorded, call_arguments, ca
 from fastpar.graph.check import check_order
 from fastpar.graph.count import attainable, bytes_per_rank, collectives, flops, node_flops
 from fastpar.graph.program import Program, source_line, target_name
-from fastpar.graph.promote import promote, promote_args
 from fastpar.plan.formula import volume
 from fastpar.run.build import Built, build
+from fastpar.run.compare import FLOAT64_TOLERANCE, difference, float64_reference, same_bits
 from fastpar.run.diverge import first_difference
 from fastpar.run.report import FallbackReport, Replicated, Report
 from fastpar.sharding.candidates import find
-
-FLOAT64_TOLERANCE = 1e-9
 
 
 def verify(
@@ -199,7 +197,7 @@ def _compare(built: Built, recorded: Recorded, report: Report, ranks: int | None
         for t in args
         if isinstance(t, torch.Tensor) and (t.is_floating_point() or t.is_complex())
     ) and any(isinstance(t, torch.Tensor) and t.dtype == torch.float64 for t in args)
-    promoted, exact_args, exact = _reference(recorded)
+    promoted, exact_args, exact = float64_reference(recorded)
     with torch.no_grad():
         if double:
             report.notes += [n for n in promoted.notes if n not in report.notes]
@@ -217,13 +215,13 @@ def _compare(built: Built, recorded: Recorded, report: Report, ranks: int | None
                 report.ok = False
             continue
         for rank, result in enumerate(results):
-            if not _same_bits(result[i], results[0][i]):
+            if not same_bits(result[i], results[0][i]):
                 report.ok = False
                 report.notes.append(f"output {i}: rank {rank} has other bits than rank 0")
-            absolute, relative = _error(result[i], reference)
+            absolute, relative = difference(result[i], reference)
             tolerance = FLOAT64_TOLERANCE
             if not double and plain.is_floating_point():
-                tolerance = 2 * _error(plain, reference)[1] + torch.finfo(plain.dtype).eps
+                tolerance = 2 * difference(plain, reference)[1] + torch.finfo(plain.dtype).eps
             if not relative <= tolerance:
                 report.ok = False
             if relative / tolerance > worst:
@@ -233,49 +231,10 @@ def _compare(built: Built, recorded: Recorded, report: Report, ranks: int | None
         report.diverged_at = first_difference(built, args, report.tolerance)
 
 
-def _reference(recorded: Recorded) -> tuple[Program, list[Any], tuple[Any, ...]]:
-    """The graph in float64, its arguments and outputs; kept, for one capture serves many plans."""
-    if recorded.promoted is None:
-        promoted, args = promote(recorded.program), promote_args(recorded.args)
-        with torch.no_grad():
-            recorded.promoted = (promoted, args, tuple(promoted.gm(*args)))
-    return recorded.promoted
-
-
 def _simulated(built: Built, args: list[Any]) -> list[tuple[Any, ...]]:
     programs = [built.localise(r) for r in range(built.mesh.ranks)]
     check_order(programs)
     return run_local(programs, args)
-
-
-def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    if a is b:
-        return True
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    return torch.equal(torch.nan_to_num(a) if a.is_floating_point() else a,
-                       torch.nan_to_num(b) if b.is_floating_point() else b)  # fmt: skip
-
-
-def _error(value: torch.Tensor, reference: torch.Tensor) -> tuple[float, float]:
-    """Largest absolute difference, and that over the largest absolute reference value."""
-    if value.shape != reference.shape:
-        return float("inf"), float("inf")
-    if value.numel() == 0:
-        return 0.0, 0.0
-    if not (value.is_floating_point() or value.is_complex()):
-        same = torch.equal(value, reference.to(value.dtype))
-        return (0.0, 0.0) if same else (float("inf"), float("inf"))
-    wide = torch.complex128 if value.is_complex() else torch.float64
-    value, reference = value.to(wide), reference.to(wide)
-    finite = torch.isfinite(reference)
-    if not torch.equal(finite, torch.isfinite(value)):
-        return float("inf"), float("inf")
-    difference = (value - reference)[finite].abs()
-    if difference.numel() == 0:
-        return 0.0, 0.0
-    absolute, scale = float(difference.max()), float(reference[finite].abs().max())
-    return absolute, absolute / scale if scale else absolute
 
 
 def outputs_of(value: Any) -> list[torch.Tensor]:

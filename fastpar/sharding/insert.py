@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from fastpar.core.mesh import Mesh
 from fastpar.core.transfer import elements_sent, is_local
 from fastpar.ops.redistribute import redistribute
 from fastpar.rules import Call, Decision, Pos, rule_for
+from fastpar.rules.spatial import CONVOLUTION, pad_arguments, padded
 from fastpar.sharding.candidates import Seed, is_attention
 
 
@@ -159,13 +160,15 @@ class Inserter:
             self._getitem(node)
             return
         call = Call.of(node, tail=node not in self.ahead)
+        if call.name == "aten::convolution":
+            call = self._padded(call)
         layouts = tuple(self.main[n] for n in call.operands)
         decision = rule_for(call).decide(call, layouts, self.mesh)
         if is_attention(node) and call.arg(4, "causal", False) and decision.outputs[0].split_axes:
             self._causal(node, call, decision)
             return
         operands = self._operands(call, decision, layouts)
-        new = self._emit(node, operands, decision)
+        new = self._emit(call, operands, decision)
         if isinstance(node.meta["val"], torch.Tensor):
             if decision.divide_by:
                 new = self._mean(node, new, decision)
@@ -198,9 +201,9 @@ class Inserter:
                     self.out.units.add(int(gather.reason.rsplit(" ", 1)[1]))
         return operands
 
-    def _emit(self, node: fx.Node, operands: Sequence[fx.Node], decision: Decision) -> fx.Node:
-        target = node.target
-        args, kwargs = replace_operands(node, operands, self.out.values)
+    def _emit(self, call: Call, operands: Sequence[fx.Node], decision: Decision) -> fx.Node:
+        node, target = call.node, call.node.target
+        args, kwargs = replace_operands(call, operands, self.out.values)
         if decision.divide_by:
             target = torch.ops.aten.sum.dim_IntList
             dims = args[1] if len(args) > 1 else list(range(node.args[0].meta["val"].dim()))  # type: ignore[union-attr]
@@ -219,6 +222,34 @@ class Inserter:
         new = self.out.graph.call_function(torch.ops.aten.mul.Tensor, args)
         new.meta = {**node.meta, "layout": decision.outputs[0], "origin": node.name}
         return new
+
+    def _padded(self, call: Call) -> Call:
+        """The convolution with the zero padding of split rows written out, so that windows are plain ranges."""
+        x = call.operands[0]
+        layout = self.main[x].summed()
+        pads = CONVOLUTION.padding(call, layout)
+        dims = [padded(dim, n, n) for dim, n in zip(layout.dims, pads, strict=True)]
+        if not any(pads) or any(d is None for d in dims):
+            return call
+        value = x.meta["val"]
+        arguments = pad_arguments(pads)
+        new = self.out.graph.call_function(
+            torch.ops.aten.constant_pad_nd.default, (self._get(x, layout, "plan"), arguments, 0)
+        )
+        with value.fake_mode:
+            padded_value = torch.ops.aten.constant_pad_nd.default(value, arguments, 0)
+        new.meta = {k: v for k, v in call.node.meta.items() if k == "stack_trace"}
+        new.meta |= {"val": padded_value}
+        self._hold(new, new, Layout(tuple(d for d in dims if d is not None)))
+        given = list(call.arg(4, "padding"))
+        given = given * (len(pads) - 2) if len(given) == 1 else given
+        padding = [0 if done else p for p, done in zip(given, pads[2:], strict=True)]
+        return replace(
+            call,
+            args=(new, *call.args[1:4], padding, *call.args[5:]),
+            operands=(new, *call.operands[1:]),
+            shapes=(tuple(padded_value.shape), *call.shapes[1:]),
+        )
 
     def _getitem(self, node: fx.Node) -> None:
         source = self.out.values[node.args[0]]  # type: ignore[index]
@@ -269,9 +300,9 @@ class Inserter:
 
 
 def replace_operands(
-    node: fx.Node, operands: Sequence[fx.Node], values: Mapping[fx.Node, fx.Node]
+    call: Call, operands: Sequence[fx.Node], values: Mapping[fx.Node, fx.Node]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The node's arguments with its tensor operands (in order) and other nodes replaced."""
+    """The call's arguments with its tensor operands (in order) and other nodes replaced."""
     queue = iter(operands)
 
     def leaf(value: Any) -> Any:
@@ -281,7 +312,7 @@ def replace_operands(
             return next(queue)
         return values[value]
 
-    args, kwargs = pytree.tree_map(leaf, (tuple(node.args), dict(node.kwargs)), is_leaf=_is_node)
+    args, kwargs = pytree.tree_map(leaf, (call.args, call.kwargs), is_leaf=_is_node)
     return args, kwargs
 
 

@@ -1,0 +1,48 @@
+"""``fastpar explain``: what a plan would do to a model, without running anything."""
+
+from __future__ import annotations
+
+from fastpar.cli.failures import reported
+from fastpar.cli.options import (
+    Component,
+    Debug,
+    Dtype,
+    Fake,
+    Input,
+    InputsFrom,
+    JsonFile,
+    Model,
+    Passes,
+    PlanText,
+    Ranks,
+    Seed,
+)
+
+
+@reported
+def explain(
+    model: Model,
+    plan: PlanText = "auto",
+    ranks: Ranks = None,
+    inputs: InputsFrom = None,
+    input: Input = None,
+    fake: Fake = False,
+    dtype: Dtype = None,
+    passes: Passes = None,
+    component: Component = None,
+    seed: Seed = 0,
+    json: JsonFile = None,
+    debug: Debug = False,
+) -> None:
+    """Tell what a plan does to a model: work and bytes per rank, collectives, what is repeated and gathered, why."""
+    from fastpar.cli.capture import captured
+    from fastpar.cli.models import load
+    from fastpar.cli.tables import show_report, write_json
+    from fastpar.run.verify import explain as run
+
+    loaded = load(model, inputs, input or (), dtype, seed, fake, component)
+    report = run(captured(loaded), plan=plan, ranks=ranks, passes=passes)
+    if json is None or str(json) != "-":
+        show_report(report)
+    if json is not None:
+        write_json(report, json)

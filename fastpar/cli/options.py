@@ -1,0 +1,57 @@
+"""Arguments and options that several verbs take, each described once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A diffusers folder, the hub id of one on disk, a diffusers config .json or class name (random "
+        "weights), or package.module:function that returns (model, inputs).",
+        show_default=False,
+    ),
+]
+PlanText = Annotated[str, typer.Option("--plan", help="A plan, as in ulysses=4; auto needs --ranks.")]
+Ranks = Annotated[
+    int | None, typer.Option("--ranks", min=1, help="Number of virtual ranks, where the plan does not say.")
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option("--dtype", help="f64, f32, bf16 or f16. Default: bf16 with --fake, else f32.", show_default=False),
+]
+Passes = Annotated[
+    str | None, typer.Option("--passes", help="A pipeline instead of the one that the plan expands to.")
+]
+InputsFrom = Annotated[
+    str | None,
+    typer.Option(
+        "--inputs",
+        help="A .json file of name: value, or package.module:function that returns the inputs "
+        "(given the model if it takes an argument).",
+    ),
+]
+Input = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--input",
+        help="One input, repeated for more: hidden_states=float[1,16,64] (float: the model's dtype; or bf16, f32, "
+        "i64, bool...), timestep=500, label=int[2]:3 (filled with 3), or any JSON.",
+        show_default=False,
+    ),
+]
+Component = Annotated[
+    str | None, typer.Option("--component", help="Which model of a pipeline's folder. Default: its denoiser.")
+]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of random weights and inputs.")]
+Fake = Annotated[
+    bool, typer.Option("--fake", help="Build without memory for weights: a model of any size, which is not run.")
+]
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", help="Also write the report as JSON; - prints it instead of the tables.")
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]

@@ -1,0 +1,59 @@
+"""The committed state of the zoo (``docs/zoo.json``): what may not get worse from one change to the next."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+Cases = dict[str, dict[str, Any]]
+
+
+def read(path: Path) -> Any:
+    """The ledger; an empty one where there is none yet."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"cases": {}}
+
+
+def write(path: Path, ledger: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(ledger, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def fallbacks(cases: Cases, like: Cases | None = None) -> int:
+    """Gathers that no plan asked for, all together; with ``like`` only under (case, plan) that it has too."""
+    total = 0
+    for name, record in cases.items():
+        for plan, row in record["plans"].items():
+            if like is None or plan in like.get(name, {"plans": {}})["plans"]:
+                total += sum(f["count"] for f in row.get("fallbacks", []))
+    return total
+
+
+def lost(cases: Cases) -> Iterator[str]:
+    """One line for every case that does not work, and why."""
+    for name, record in cases.items():
+        if "error" in record:
+            yield f"{name}: {record['error']}"
+        elif not record["capture_error"] < tolerance(record["dtype"]):
+            yield f"{name}: the captured graphs differ from eager by {record['capture_error']:.1e}"
+        for plan, row in record["plans"].items():
+            if "error" in row:
+                yield f"{name} under {plan}: {row['error']}"
+            elif not row["ok"]:
+                where = row.get("diverged_at", "nowhere in particular")
+                yield f"{name} under {plan}: off by {row['max_rel_err']:.1e} (allowed {row['tolerance']:.1e}), {where}"
+
+
+def tolerance(dtype: str) -> float:
+    """How far captured graphs may be from eager: they are the same operators, but in other kernels."""
+    return 1e-9 if dtype == "float64" else 1e-4
+
+
+def gone(before: Cases, now: Cases) -> list[str]:
+    """Cases, and plans of cases, that the ledger has and a whole run no longer tried."""
+    out = [f"{name}: is in the ledger and was not run" for name in before if name not in now]
+    for name in now:
+        plans = before.get(name, {"plans": {}})["plans"]
+        out += [f"{name} under {p}: is in the ledger and was not run" for p in plans if p not in now[name]["plans"]]
+    return out
