@@ -38,24 +38,32 @@ class AttentionUlysses(Pass):
     def apply(self, program: Program, ctx: PassContext) -> Program:
         mesh: Mesh = ctx.mesh
         for node in split_keys(program.graph):
-            self._rewrite(node, mesh)
+            axes = self.axes or mesh.ordered(node.args[1].meta["layout"].dims[-2].axes)  # type: ignore[union-attr]
+            heads, spent = self._rewrite(node, axes, mesh)
+            if spent != axes:
+                ranks = mesh.size(axes) // mesh.size(spent)
+                note = (
+                    f"attention with {heads} heads: {mesh.size(spent)} shares of heads x {ranks} of query rows, whose "
+                    "keys and values are gathered (heads do not divide over the ranks, and work should)"
+                )
+                if note not in ctx.notes:
+                    ctx.notes.append(note)
         program.gm.recompile()
         return program
 
-    def _rewrite(self, node: fx.Node, mesh: Mesh) -> None:
+    def _rewrite(self, node: fx.Node, axes: tuple[str, ...], mesh: Mesh) -> tuple[int, tuple[str, ...]]:
+        """Returns the number of heads and the axes that were spent on them."""
         q, k, v = node.args[:3]
         layouts: list[Layout] = [x.meta["layout"] for x in (q, k, v)]  # type: ignore[union-attr]
         result: Layout = node.meta["layout"]
-        keys = layouts[1].dims[-2]
-        axes = self.axes or mesh.ordered(keys.axes)
         options = []
         for count in range(len(axes) + 1):
             for spent in itertools.combinations(axes, count):
                 option = _rectangle(layouts, result, spent, mesh)
                 if option is not None:
-                    options.append(option)
+                    options.append((*option, spent))
         least = min(option[0] for option in options)
-        _, _, wants, out = min(
+        _, _, wants, out, spent = min(
             (o for o in options if o[0] <= UNBALANCED * least), key=lambda o: (o[1], o[0])
         )
         args = list(node.args)
@@ -73,6 +81,7 @@ class AttentionUlysses(Pass):
                 back = redistributed(None, node, result, "attention")
             for user in users:
                 user.replace_input_with(node, back)
+        return (out.dims[-3].size if len(out.dims) > 2 else 1), spent
 
 
 def _rectangle(

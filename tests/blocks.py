@@ -529,7 +529,7 @@ def lookup(s: State, how: str = "rows") -> None:
     elif how == "order":
         s.x = s.x[:, torch.arange(n - 1, -1, -1)] * 0.5 + s.x
     else:
-        s.x = torch.index_put(s.x, [None, s.make.index((1,), n)], s.make.user(b, 1, c))  # type: ignore[list-item]
+        s.x = torch.ops.aten.index_put(s.x, [None, s.make.index((1,), n)], s.make.user(b, 1, c))
 
 
 @_into(BLOCKS, how=("first", "replace", "drop", "stride", "roll", "pad", "swap", "every"), pick=PICK)

@@ -20,7 +20,6 @@ from fastpar.graph.program import Program, source_line, target_name
 from fastpar.ops.collectives import all_gather, all_reduce, all_to_all, local
 from fastpar.ops.redistribute import redistribute
 from fastpar.rules import Call, rule_for
-from fastpar.sharding.candidates import is_attention
 
 _ABSTRACT = {redistribute}
 _CONCRETE = {local, all_gather, all_reduce, all_to_all}
@@ -108,14 +107,7 @@ def _infer(node: fx.Node, mesh: Mesh) -> None:
     ins = tuple(n.meta["layout"] for n in call.operands)
     if all(x.is_whole for x in ins) and node.meta["layout"].is_whole:
         return
-    if call.name == "aten::mul" and ins[0].partial and len(ins) == 1:  # scaling partial sums is linear
-        if node.meta["layout"] != ins[0]:
-            _fail(node, f"is noted as {node.meta['layout']}, inferred {ins[0]}")
-        return
     decision = rule_for(call).decide(call, ins, mesh)
-    if is_attention(node):
-        # attention passes choose its layouts; what must hold is that operands and result agree
-        decision = rule_for(call).decide(call, ins, mesh)
     for have, want, operand in zip(ins, decision.inputs, call.operands, strict=True):
         if have != want:
             _fail(node, f"wants {operand.name} as {want}, and gets {have}")

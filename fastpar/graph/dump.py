@@ -5,19 +5,33 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import fx
+
 from fastpar.graph.pipeline import Callback
-from fastpar.graph.program import Program
+from fastpar.graph.program import Program, source_line, target_name
 
 
 def text(program: Program) -> str:
-    """The program as Python: one line per node with its layout, source lines above."""
-    names = {}
-    lines = [f"# {program.name}: {program.stage}, {program.num_nodes} nodes, mesh {program.mesh}"]
+    """The program for reading: a line per node with dtype and layout, below the model's line it comes from."""
+    lines = [f"# {program.name}: {program.stage}, {program.num_nodes} nodes, mesh {program.mesh or 'none yet'}"]
+    inputs = iter(program.inputs)
+    last = ""
     for node in program.graph.nodes:
-        names[node] = node.name
-        layout = node.meta.get("layout")
-        note = f"  # {layout}" if layout is not None else _shape(node.meta.get("val"))
-        lines.append(f"{node.format_node()}{note}")
+        source = source_line(node)
+        if source and source != last:
+            lines.append(f"\n# {source}")
+            last = source
+        value = _value(node)
+        if node.op == "placeholder":
+            given = next(inputs)
+            lines.append(f"{node.name} = input({given.name!r})  # {given.kind}: {value}")
+        elif node.op == "output":
+            lines.append(f"\nreturn {_text(node.args[0])}")
+        else:
+            kind = "self." if node.op == "get_attr" else ""
+            call = "" if node.op == "get_attr" else f"({_arguments(node)})"
+            lines.append(f"{node.name} = {kind}{target_name(node.target)}{call}  # {value}")
     return "\n".join(lines) + "\n"
 
 
@@ -27,9 +41,26 @@ def code(program: Program) -> str:
     return program.gm.print_readable(print_output=False)
 
 
-def _shape(value: Any) -> str:
-    shape = getattr(value, "shape", None)
-    return f"  # {list(shape)}" if shape is not None else ""
+def _arguments(node: fx.Node) -> str:
+    return ", ".join([*map(_text, node.args), *(f"{key}={_text(value)}" for key, value in node.kwargs.items())])
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        inner = ", ".join(map(_text, value))
+        return f"[{inner}]" if isinstance(value, list) else f"({inner}{',' * (len(value) == 1)})"
+    return repr(value)  # a node's is its name
+
+
+def _value(node: fx.Node) -> str:
+    """dtype and layout (the shape, while there is none) of what a node gives."""
+    value, layout = node.meta.get("val"), node.meta.get("layout")
+    if isinstance(value, torch.Tensor):
+        said = layout if layout is not None else list(value.shape)
+        return f"{str(value.dtype).removeprefix('torch.')} {said}"
+    if isinstance(value, list | tuple):
+        return " and ".join(map(str, layout)) if layout is not None else f"{len(value)} values"
+    return type(value).__name__
 
 
 def dumper(folder: Path) -> Callback:

@@ -8,8 +8,8 @@ section 3; USP, table 1), elements that leave a rank:
 * gather: each rank's K and V rows go to N-1 others: ``2 T B H D (N-1) / N``
 
 plus the outputs, whose N-1 foreign shares every rank receives: ``numel (N-1) / N``.
-Rows are whole numbers: the busiest rank has ``ceil(S / N)`` of them, and that is what the
-formula takes, so that it can be compared exactly.
+Where N does not divide the rows, the busiest rank sends more than the mean that the forms
+give. Halos of convolutions and sums over ranks are not part of them.
 """
 
 from __future__ import annotations

@@ -24,14 +24,13 @@ class Factors:
     """Factor of each dimension: None is a dimension of one row that broadcasts.
 
     ``reduced`` maps a factor to its reduction (sum, max, min); ``whole`` maps a factor
-    that cannot be split to the reason. ``count`` > 0 marks a mean over that many rows.
+    that cannot be split to the reason.
     """
 
     operands: tuple[Names, ...]
     results: tuple[Names, ...]
     reduced: Mapping[str, str] = field(default_factory=dict)
     whole: Mapping[str, str] = field(default_factory=dict)
-    count: int = 0
 
 
 class FactorRule(Rule):
@@ -80,7 +79,7 @@ class FactorRule(Rule):
             )
             for names, shape in zip(spec.results, call.results, strict=True)
         )
-        return Decision(tuple(inputs), outputs, tuple(gathers), spec.count if partial else 0)
+        return Decision(tuple(inputs), outputs, tuple(gathers))
 
     def _choose(
         self, call: Call, spec: Factors, layouts: tuple[Layout, ...], mesh: Mesh

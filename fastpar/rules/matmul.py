@@ -23,7 +23,7 @@ def _bias(shape: tuple[int, ...], out: tuple[int, ...], names: tuple[str, ...]) 
 
 
 # a bias would be added once per rank to partial sums
-_BIAS = "the bias is added to the sum, so the contracted dimension is not split"
+_BIAS = "a bias is added once, to the whole sum"
 
 
 def _addmm(call: Call) -> Factors:

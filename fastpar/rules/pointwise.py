@@ -5,8 +5,10 @@ torch's own ``pointwise`` tag covers most of them; the rest are listed.
 
 from __future__ import annotations
 
+from fastpar.core.layout import Layout
+from fastpar.core.mesh import Mesh
 from fastpar.rules.factor import FactorRule, Factors, aligned
-from fastpar.rules.table import Call, register, register_pointwise
+from fastpar.rules.table import Call, Decision, register, register_pointwise
 
 
 def _pointwise(call: Call) -> Factors:
@@ -14,7 +16,17 @@ def _pointwise(call: Call) -> Factors:
     return Factors(tuple(aligned(s, out) for s in call.shapes), (aligned(out, out),))
 
 
-RULE = register_pointwise(FactorRule(_pointwise))
+class PointwiseRule(FactorRule):
+    """Scaling a partial sum is linear, so it stays partial; everything else wants it summed."""
+
+    def decide(self, call: Call, layouts: tuple[Layout, ...], mesh: Mesh) -> Decision:
+        linear = call.name in ("aten::mul", "aten::div", "aten::neg") and len(layouts) == 1
+        if linear and layouts[0].partial and all(p.op == "sum" for p in layouts[0].partial):
+            return Decision(layouts, layouts)
+        return super().decide(call, layouts, mesh)
+
+
+RULE = register_pointwise(PointwiseRule(_pointwise))
 
 register(
     [

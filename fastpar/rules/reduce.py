@@ -6,8 +6,6 @@ what normalises or scans along a dimension needs it whole.
 
 from __future__ import annotations
 
-import math
-
 from fastpar.rules.factor import FactorRule, Factors
 from fastpar.rules.table import Call, register
 
@@ -16,7 +14,8 @@ def _names(call: Call) -> tuple[str, ...]:
     return tuple(f"d{i}" for i in range(len(call.shapes[0])))
 
 
-def _reduced_dims(call: Call) -> set[int]:
+def reduced_dims(call: Call) -> set[int]:
+    """Dimensions that a reduction (``dim`` second) runs over."""
     shape = call.shapes[0]
     dims = call.arg(1, "dim", None)
     if not isinstance(dims, (int, list, tuple)) or isinstance(dims, bool) or dims == []:
@@ -28,7 +27,7 @@ def reduction(op: str | None, reason: str = "") -> FactorRule:
     """Reduces ``dim``: partial with ``op``, or whole with ``reason`` where ``op`` is None."""
 
     def factors(call: Call) -> Factors:
-        names, dims = _names(call), _reduced_dims(call)
+        names, dims = _names(call), reduced_dims(call)
         kept = tuple(
             None if i in dims else n
             for i, n in enumerate(names)
@@ -37,9 +36,7 @@ def reduction(op: str | None, reason: str = "") -> FactorRule:
         gone = {names[d] for d in dims}
         if op is None:
             return Factors((names,), (kept,) * len(call.results), whole=dict.fromkeys(gone, reason))
-        count = math.prod(call.shapes[0][d] for d in dims) if op == "mean" else 0
-        reduced = dict.fromkeys(gone, "sum" if op == "mean" else op)
-        return Factors((names,), (kept,), reduced=reduced, count=count)
+        return Factors((names,), (kept,), reduced=dict.fromkeys(gone, op))
 
     return FactorRule(factors)
 
@@ -67,7 +64,7 @@ def _layer_norm(call: Call) -> Factors:
 
 
 register(["aten::sum", "aten::nansum"], reduction("sum"))
-register("aten::mean", reduction("mean"))
+register("aten::mean", reduction(None, "a mean over split rows is written out as a sum"))
 register("aten::amax", reduction("max"))
 register("aten::amin", reduction("min"))
 register(

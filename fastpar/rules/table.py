@@ -52,7 +52,6 @@ class Decision:
     inputs: tuple[Layout, ...]
     outputs: tuple[Layout, ...]
     gathers: tuple[Gather, ...] = ()
-    divide_by: int = 0  # a mean over split rows: the partial sums are divided by this count
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:

@@ -18,6 +18,7 @@ from fastpar.core.regroup import Misfit, cat_dims, disjoint, regroup, slice_dim
 from fastpar.rules.factor import FactorRule, Factors
 from fastpar.rules.table import Call, Decision, Gather, Localised, Pos, Rule, register
 
+
 def _replace(call: Call, index: int, name: str, value: Any, target: Any = None) -> Localised:
     target = target or call.node.target
     if len(call.args) > index:

@@ -35,7 +35,8 @@ class Report:
 
     ``max_rel_err`` is the largest absolute difference over the largest absolute reference value,
     the worst output counts; ``tolerance`` is what it is held against. Shares are of eager's
-    FLOPs: ``flops_share`` is the busiest rank's, 1/N is perfect. Bytes are per step (one call
+    FLOPs: ``flops_share`` is the busiest rank's, 1/N is perfect; ``time_share`` is the same of the
+    seconds that products and reductions take on a roofline, communication not counted. Bytes are per step (one call
     of the model) and leave a rank for others; ``bytes_per_rank`` is the largest rank's,
     ``bytes_formula`` the plan's closed form.
     """
@@ -51,7 +52,7 @@ class Report:
     diverged_at: str | None = None
     flops_share: float = 1.0
     attainable_share: float = 1.0
-    time_share: float | None = None  # None: not computed, there is no cost model to ask
+    time_share: float = 1.0
     replicated: list[Replicated] = field(default_factory=list)
     fallbacks: list[FallbackReport] = field(default_factory=list)
     collectives: list[Collective] = field(default_factory=list)

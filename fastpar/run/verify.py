@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from fastpar.backends.simulate import run_local
 from fastpar.core.errors import FastparError
 from fastpar.core.plan import Plan
+from fastpar.graph import roofline
 from fastpar.graph.capture import Captured, Inputs, Recorded, call_arguments, capture, compile_fx
 from fastpar.graph.check import check_order
 from fastpar.graph.count import attainable, bytes_per_rank, collectives, flops, node_flops
@@ -126,6 +127,7 @@ def _explained(built: Built) -> Report:
     eager = flops(built.captured)[0]
     shared = flops(built.lowered)
     split = attainable(built.captured, find(built.captured.graph))
+    times, whole = roofline.seconds(built.lowered), roofline.seconds(built.captured)[0]
     form = volume(built.lowered, built.plan, built.mesh)
     return Report(
         plan=str(built.plan),
@@ -134,6 +136,7 @@ def _explained(built: Built) -> Report:
         graphs=1,
         flops_share=max(shared) / eager if eager else 1.0,
         attainable_share=(split / ranks + eager - split) / eager if eager else 1.0,
+        time_share=max(times) / whole if whole else 1.0,
         replicated=_replicated(built, eager),
         fallbacks=_fallbacks(built),
         collectives=collectives(built.lowered),
@@ -166,6 +169,7 @@ def _fallbacks(built: Built) -> list[FallbackReport]:
     return [
         FallbackReport(f.operator, source_line(f.node), f.reason, f.kind, f.bytes)
         for f in built.lowered.gm.meta.get("fallbacks", [])
+        if f.kind == "gather"  # a realignment keeps rows split: it shows among the collectives
     ]
 
 
@@ -177,6 +181,7 @@ def _join(a: Report, b: Report) -> Report:
     a.diverged_at = a.diverged_at or b.diverged_at
     a.graphs += b.graphs
     a.flops_share, a.attainable_share = max(a.flops_share, b.flops_share), max(a.attainable_share, b.attainable_share)
+    a.time_share = max(a.time_share, b.time_share)
     a.replicated += b.replicated
     a.fallbacks += b.fallbacks
     a.collectives += b.collectives
@@ -192,11 +197,7 @@ def _join(a: Report, b: Report) -> Report:
 
 def _compare(built: Built, recorded: Recorded, report: Report, ranks: int | None, passes: str | None) -> None:
     program, args = recorded.program, list(recorded.args)
-    double = all(
-        t.dtype in (torch.float64, torch.complex128)
-        for t in args
-        if isinstance(t, torch.Tensor) and (t.is_floating_point() or t.is_complex())
-    ) and any(isinstance(t, torch.Tensor) and t.dtype == torch.float64 for t in args)
+    double = _in_double(recorded)
     promoted, exact_args, exact = float64_reference(recorded)
     with torch.no_grad():
         if double:
@@ -229,6 +230,18 @@ def _compare(built: Built, recorded: Recorded, report: Report, ranks: int | None
                 report.max_abs_err, report.max_rel_err, report.tolerance = absolute, relative, tolerance
     if not report.ok:
         report.diverged_at = first_difference(built, args, report.tolerance)
+
+
+def _in_double(recorded: Recorded) -> bool:
+    """Whether this is a float64 model: its parameters are, or without any its floating inputs, if it has any.
+
+    Buffers do not count: a float64 model may keep a table in float32, which is promoted like its casts.
+    """
+    floats: dict[str, set[torch.dtype]] = {}
+    for given, arg in zip(recorded.program.inputs, recorded.args, strict=True):
+        if isinstance(arg, torch.Tensor) and arg.is_floating_point():
+            floats.setdefault(given.kind, set()).add(arg.dtype)
+    return floats.get("parameter", floats.get("user")) in (None, {torch.float64})
 
 
 def _simulated(built: Built, args: list[Any]) -> list[tuple[Any, ...]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,8 +22,8 @@ from fastpar.core.mesh import Mesh
 from fastpar.core.transfer import elements_sent, is_local
 from fastpar.ops.redistribute import redistribute
 from fastpar.rules import Call, Decision, Pos, rule_for
-from fastpar.rules.spatial import CONVOLUTION, pad_arguments, padded
 from fastpar.sharding.candidates import Seed, is_attention
+from fastpar.sharding.expand import expansion, traced
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,7 @@ class Inserter:
         self.out = Sharded(fx.Graph())
         self.versions: dict[fx.Node, dict[Layout, fx.Node]] = {}
         self.main: dict[fx.Node, Layout] = {}
+        self.results: dict[fx.Node, list[fx.Node]] = {}  # of operators with several, written out
         self.ahead = heavy_ahead(graph)
         self.use_split = mesh.size(axes) > 1
 
@@ -159,23 +160,47 @@ class Inserter:
         if getattr(node.target, "__name__", "") == "getitem":
             self._getitem(node)
             return
-        call = Call.of(node, tail=node not in self.ahead)
-        if call.name == "aten::convolution":
-            call = self._padded(call)
-        layouts = tuple(self.main[n] for n in call.operands)
-        decision = rule_for(call).decide(call, layouts, self.mesh)
-        if is_attention(node) and call.arg(4, "causal", False) and decision.outputs[0].split_axes:
-            self._causal(node, call, decision)
+        if node.target is redistribute:  # an expansion says how to cut
+            want = Layout.parse(str(node.args[2]))
+            self._hold(node, self._get(node.args[0], want, "seed"), want)  # type: ignore[arg-type]
             return
-        operands = self._operands(call, decision, layouts)
-        new = self._emit(call, operands, decision)
+        call = Call.of(node, tail=node not in self.ahead)
+        layouts = tuple(self.main[n] for n in call.operands)
+        written = expansion(call, layouts, self.mesh)
+        if written is not None:
+            self._inline(node, call, traced(call, written))
+            return
+        decision = rule_for(call).decide(call, layouts, self.mesh)
+        new = self._emit(call, self._operands(call, decision, layouts), decision)
         if isinstance(node.meta["val"], torch.Tensor):
-            if decision.divide_by:
-                new = self._mean(node, new, decision)
             self._hold(node, new, new.meta["layout"])
         else:
             new.meta["layout"] = _nest(node.meta["val"], decision.outputs)
             self.out.values[node] = new
+
+    def _inline(self, node: fx.Node, call: Call, graph: fx.Graph) -> None:
+        """Walk over ``graph`` in the place of ``node``."""
+        operands = iter(call.operands)
+        for inner in graph.nodes:
+            if inner.op == "placeholder":
+                self._alias(inner, next(operands))
+            elif inner.op == "call_function":
+                if node in self.ahead:
+                    self.ahead.add(inner)
+                self._call(inner)
+            else:
+                result = inner.args[0]
+        if isinstance(result, fx.Node):
+            self._alias(node, result)
+            self.out.values[node].meta["origin"] = node.name
+        else:
+            self.results[node] = list(result)
+
+    def _alias(self, node: fx.Node, same: fx.Node) -> None:
+        """``node`` is the value ``same`` under another name."""
+        self.versions[node] = self.versions[same]
+        self.main[node] = self.main[same]
+        self.out.values[node] = self.out.values[same]
 
     def _operands(self, call: Call, decision: Decision, layouts: Sequence[Layout]) -> list[fx.Node]:
         forced = {g.operand: g for g in decision.gathers}
@@ -204,54 +229,16 @@ class Inserter:
     def _emit(self, call: Call, operands: Sequence[fx.Node], decision: Decision) -> fx.Node:
         node, target = call.node, call.node.target
         args, kwargs = replace_operands(call, operands, self.out.values)
-        if decision.divide_by:
-            target = torch.ops.aten.sum.dim_IntList
-            dims = args[1] if len(args) > 1 else list(range(node.args[0].meta["val"].dim()))  # type: ignore[union-attr]
-            args = (args[0], dims, *args[2:3])
         new = self.out.graph.call_function(target, args, kwargs)  # type: ignore[arg-type]
         new.meta = {**node.meta, "origin": node.name}
-        if decision.divide_by:
-            del new.meta["origin"]  # a sum stands where a mean stood
         if len(decision.outputs) == 1:
             new.meta["layout"] = decision.outputs[0]
         return new
 
-    def _mean(self, node: fx.Node, total: fx.Node, decision: Decision) -> fx.Node:
-        """Divide the partial sums before they are added up: no larger values than a mean has."""
-        args = (total, 1.0 / decision.divide_by)
-        new = self.out.graph.call_function(torch.ops.aten.mul.Tensor, args)
-        new.meta = {**node.meta, "layout": decision.outputs[0], "origin": node.name}
-        return new
-
-    def _padded(self, call: Call) -> Call:
-        """The convolution with the zero padding of split rows written out, so that windows are plain ranges."""
-        x = call.operands[0]
-        layout = self.main[x].summed()
-        pads = CONVOLUTION.padding(call, layout)
-        dims = [padded(dim, n, n) for dim, n in zip(layout.dims, pads, strict=True)]
-        if not any(pads) or any(d is None for d in dims):
-            return call
-        value = x.meta["val"]
-        arguments = pad_arguments(pads)
-        new = self.out.graph.call_function(
-            torch.ops.aten.constant_pad_nd.default, (self._get(x, layout, "plan"), arguments, 0)
-        )
-        with value.fake_mode:
-            padded_value = torch.ops.aten.constant_pad_nd.default(value, arguments, 0)
-        new.meta = {k: v for k, v in call.node.meta.items() if k == "stack_trace"}
-        new.meta |= {"val": padded_value}
-        self._hold(new, new, Layout(tuple(d for d in dims if d is not None)))
-        given = list(call.arg(4, "padding"))
-        given = given * (len(pads) - 2) if len(given) == 1 else given
-        padding = [0 if done else p for p, done in zip(given, pads[2:], strict=True)]
-        return replace(
-            call,
-            args=(new, *call.args[1:4], padding, *call.args[5:]),
-            operands=(new, *call.operands[1:]),
-            shapes=(tuple(padded_value.shape), *call.shapes[1:]),
-        )
-
     def _getitem(self, node: fx.Node) -> None:
+        if node.args[0] in self.results:
+            self._alias(node, self.results[node.args[0]][node.args[1]])  # type: ignore[index]
+            return
         source = self.out.values[node.args[0]]  # type: ignore[index]
         new = self.out.graph.call_function(node.target, (source, node.args[1]))  # type: ignore[arg-type]
         new.meta = dict(node.meta)
@@ -261,42 +248,6 @@ class Inserter:
         else:
             new.meta["layout"] = layout
             self.out.values[node] = new
-
-    def _causal(self, node: fx.Node, call: Call, decision: Decision) -> None:
-        """Rows of a causal attention are no longer where the kernel would think: the mask is written out.
-
-        ``arange(S)[:, None] >= arange(T)``: pointwise, so each rank computes only its own rows' mask.
-        """
-        graph, device = self.out.graph, node.meta["val"].device
-        mode = node.meta["val"].fake_mode
-        rows, keys = call.shapes[0][-2], call.shapes[1][-2]
-
-        def emit(target: Any, args: tuple[Any, ...], layout: Layout, **kwargs: Any) -> fx.Node:
-            new = graph.call_function(target, args, kwargs)
-            with mode:
-                value = target(*fx.map_arg(args, lambda n: n.meta["val"]), **kwargs)
-            new.meta = {**node.meta, "val": value, "layout": layout}
-            return new
-
-        split = decision.outputs[0].dims[-2]
-        whole_rows = Layout((Dim.whole(rows), Dim.whole(1)))
-        index = emit(torch.ops.aten.arange.default, (rows,), Layout.whole((rows,)), device=device)
-        index = emit(torch.ops.aten.view.default, (index, [rows, 1]), whole_rows)
-        if not split.is_whole:
-            want = Layout((split, Dim.whole(1)))
-            index = emit(redistribute, (index, str(whole_rows), str(want)), want)
-            index.meta["why"] = "seed"
-        columns = emit(torch.ops.aten.arange.default, (keys,), Layout.whole((keys,)), device=device)
-        layout = Layout((split, Dim.whole(keys)))
-        mask = emit(torch.ops.aten.ge.Tensor, (index, columns), layout)
-        layouts = tuple(self.main[n] for n in call.operands)
-        operands = self._operands(call, decision, layouts)
-        if len(operands) > 3:
-            raise AssertionError("SDPA takes no mask beside is_causal")
-        args = (*operands, mask, False, call.arg(5, "scale"), call.arg(6, "gqa", False))
-        new = graph.call_function(node.target, args)  # type: ignore[arg-type]
-        new.meta = dict(node.meta)
-        self._hold(node, new, decision.outputs[0])
 
 
 def replace_operands(

@@ -1,0 +1,189 @@
+"""Reports as tables on the terminal, and as JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fastpar.core.errors import OptionError
+
+if TYPE_CHECKING:
+    from fastpar.run.each import Proof
+    from fastpar.run.report import Report
+
+PIPED_WIDTH = 120
+"""Columns where the output is no terminal."""
+MOST = 12
+"""Rows of a table that can be long; the rest is counted, and is all there in the JSON."""
+
+
+def console() -> Console:
+    """Standard output, without rich's colouring of numbers."""
+    found = Console(highlight=False)
+    return found if found.is_terminal else Console(highlight=False, width=PIPED_WIDTH)
+
+
+def write_json(report: Report, path: Path) -> None:
+    """``report`` as JSON in ``path``, on standard output for ``-``. Numbers that JSON lacks become text."""
+    text = json.dumps(_plain(report.to_dict()), indent=2)
+    if str(path) == "-":
+        typer.echo(text)
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n")
+    except OSError as error:
+        raise OptionError(f"--json: cannot write {str(path)!r}: {error}") from error
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def show_verdict(report: Report) -> None:
+    """What ``verify`` found, a line per fact."""
+    out = console()
+    out.print(Text("ok" if report.ok else "FAILED", style="bold green" if report.ok else "bold red"))
+    table = _facts()
+    _what(table, report)
+    table.add_row(
+        "error", f"{report.max_rel_err:.1e} relative, {report.max_abs_err:.1e} absolute: the worst output of any rank"
+    )
+    table.add_row("tolerance", f"{report.tolerance:.1e} relative")
+    if report.diverged_at:
+        table.add_row("diverged at", Text(report.diverged_at))
+    for note in report.notes:
+        table.add_row("note", Text(note))
+    out.print(table)
+
+
+def show_report(report: Report) -> None:
+    """What ``explain`` found: a head of facts, then a table for each list that is not empty."""
+    out = console()
+    head = _facts()
+    _what(head, report)
+    ranks = report.ranks
+    head.add_row(
+        "FLOPs",
+        f"{report.flops_share:.4f} of one device's on the busiest rank (1/{ranks} is {1 / ranks:.4f}, attainable "
+        f"{report.attainable_share:.4f})",
+    )
+    head.add_row("time", f"{report.time_share:.4f} of one device's, computing only, on a roofline")
+    head.add_row("bytes", f"{report.bytes_per_rank:,} leave the busiest rank per call")
+    against = f", {report.bytes_per_rank / report.bytes_formula:.3f} times" if report.bytes_formula else ""
+    head.add_row("formula", f"{report.bytes_formula:,}{against}: {report.formula}")
+    out.print(head)
+    _collectives(out, report)
+    _replicated(out, report)
+    _fallbacks(out, report)
+    for note in report.notes:
+        out.print(Text(f"note: {note}"))
+    if report.seconds:
+        took = ", ".join(f"{name} {seconds:.2f}" for name, seconds in report.seconds.items())
+        out.print(f"seconds: {took}; {sum(report.seconds.values()):.2f} in all")
+
+
+def show_times(rows: Sequence[tuple[str, float, str, int]]) -> None:
+    """A row per pass: (pass, seconds, the stage that it left, nodes)."""
+    table = _table("pass", "seconds>", "stage", "nodes>", "change>")
+    before = rows[0][3]
+    for name, seconds, stage, nodes in rows:
+        change = f"{nodes - before:+d}" if name else ""
+        table.add_row(Text(name or "(captured)"), f"{seconds:.3f}" if name else "", stage, str(nodes), change)
+        before = nodes
+    table.add_section()
+    table.add_row("all", f"{sum(row[1] for row in rows):.3f}")
+    console().print(table)
+
+
+def show_proofs(proofs: Sequence[Proof], ranks: int) -> None:
+    """A row per pass: the difference from eager of what N virtual ranks compute after it."""
+    table = _table("after", "stage", "error>", "ranks agree", "")
+    for proof in proofs:
+        said = "ok" if proof.ok else "FAILED"
+        table.add_row(
+            Text(proof.after or "(captured)"),
+            proof.stage,
+            f"{proof.error:.1e}",
+            "yes" if proof.same_bits else "NO",
+            Text(said + (", lossy" if proof.lossy else ""), style="" if proof.ok else "bold red"),
+        )
+    out = console()
+    out.print(table)
+    out.print(f"{ranks} virtual ranks against eager in float64: the worst output of any rank, relative")
+
+
+def _facts() -> Table:
+    table = Table.grid(padding=(0, 2, 0, 0), pad_edge=True)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    return table
+
+
+def _what(table: Table, report: Report) -> None:
+    table.add_row("plan", Text(report.plan))
+    table.add_row("pipeline", Text(report.pipeline))
+    table.add_row("ranks", f"{report.ranks}, {report.graphs} graph{'s' * (report.graphs > 1)}")
+
+
+def _table(*headings: str, title: str = "") -> Table:
+    """Columns by heading; one that ends in > is of numbers."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, title=title or None, title_justify="left", title_style="bold")
+    for heading in headings:
+        right = heading.endswith(">")
+        table.add_column(heading.removesuffix(">"), justify="right" if right else "left", overflow="fold",
+                         no_wrap=right)  # fmt: skip
+    return table
+
+
+def _collectives(out: Console, report: Report) -> None:
+    if not report.collectives:
+        out.print("no collectives: nothing is exchanged")
+        return
+    count = sum(c.count for c in report.collectives)
+    table = _table("kind", "axis", "bytes>", "count>", "for", "source line", title=f"{count} collectives per call")
+    for c in sorted(report.collectives, key=lambda c: -c.bytes):
+        table.add_row(c.kind, c.axis, f"{c.bytes:,}", str(c.count), c.why, Text(c.source or "(an input)"))
+    out.print(table)
+
+
+def _replicated(out: Console, report: Report) -> None:
+    if not report.replicated:
+        return
+    share = sum(r.share for r in report.replicated)
+    title = f"work that every rank repeats: {share:.2%} of one device's FLOPs"
+    table = _table("operator", "share>", "source line", title=title)
+    for r in report.replicated[:MOST]:
+        table.add_row(r.operator, f"{r.share:.3%}", Text(r.source))
+    out.print(table)
+    _rest(out, len(report.replicated))
+
+
+def _fallbacks(out: Console, report: Report) -> None:
+    if not report.fallbacks:
+        out.print("no fallbacks: nothing is gathered that the plan did not ask for")
+        return
+    title = f"{len(report.fallbacks)} fallbacks: exchanges that no plan asked for"
+    table = _table("operator", "kind", "bytes>", "reason", "source line", title=title)
+    for f in sorted(report.fallbacks, key=lambda f: -f.bytes)[:MOST]:
+        table.add_row(f.operator, f.kind, f"{f.bytes:,}", Text(f.reason), Text(f.source))
+    out.print(table)
+    _rest(out, len(report.fallbacks))
+
+
+def _rest(out: Console, rows: int) -> None:
+    if rows > MOST:
+        out.print(f"and {rows - MOST} more, which --json has")

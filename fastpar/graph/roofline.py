@@ -1,0 +1,61 @@
+"""Time of a program on a roofline: per operator the larger of FLOPs over peak and bytes over bandwidth.
+
+What a FLOP share hides: work that every rank repeats because it only sees the batch is small in
+FLOPs but reads its weights in full. Views are free, pointwise chains are counted as if fused
+(each value is written once and read by products and reductions), weights are read once per use.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import fx
+
+from fastpar.core.layout import Layout
+from fastpar.core.mesh import Mesh
+from fastpar.graph.count import node_flops
+from fastpar.graph.program import Program
+from fastpar.rules.table import tensor_operands
+
+# NVIDIA H100 SXM data sheet: dense bf16 tensor throughput, HBM3 bandwidth. Shares are ratios of two
+# times on the same device, so only peak over bandwidth matters.
+PEAK_FLOPS = 989e12
+BANDWIDTH = 3.35e12
+
+_READS = frozenset(
+    ["aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::convolution", "aten::_scaled_mm", "aten::_int_mm",
+     "fastpar::attention", "aten::native_layer_norm", "aten::native_group_norm", "aten::_softmax", "aten::sum",
+     "aten::mean", "aten::amax", "aten::cat", "aten::embedding", "aten::index", "fastpar::resample"]  # fmt: skip
+)
+
+
+def seconds(program: Program) -> list[float]:
+    """Seconds of every rank (one entry where the program is still whole)."""
+    mesh: Mesh = program.mesh if program.stage != "captured" else Mesh()
+    totals = [0.0] * mesh.ranks
+    for node in program.graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if schema is None or schema.name not in _READS:
+            continue
+        for rank in range(mesh.ranks):
+
+            def shape(n: fx.Node, rank: int = rank) -> object:
+                value, layout = n.meta.get("val"), n.meta.get("layout")
+                if isinstance(layout, Layout):
+                    return layout.local_shape(mesh, rank)
+                return tuple(int(s) for s in value.shape) if isinstance(value, torch.Tensor) else value
+
+            moved = sum(_bytes(n, shape(n)) for n in tensor_operands(node)) + _bytes(node, shape(node))
+            totals[rank] += max(node_flops(node, shape) / PEAK_FLOPS, moved / BANDWIDTH)
+    return totals
+
+
+def _bytes(node: fx.Node, shape: object) -> int:
+    value = node.meta.get("val")
+    if isinstance(value, (tuple, list)):
+        value = value[0]
+        shape = tuple(value.shape) if isinstance(value, torch.Tensor) else ()
+    if not isinstance(value, torch.Tensor) or not isinstance(shape, tuple):
+        return 0
+    return math.prod(shape) * value.element_size()

@@ -1,0 +1,91 @@
+"""Proof between passes: after every pass the program runs on N virtual ranks and must give what eager gives.
+
+This is what makes each stage a program and not a note about one. It is done in float64 whatever
+the model's dtype: a pass that is right there is right, and what rounding does elsewhere is
+``verify``'s business.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from fastpar.backends.simulate import run_global, run_local
+from fastpar.core.errors import CheckError
+from fastpar.core.mesh import Mesh
+from fastpar.graph.capture import Recorded
+from fastpar.graph.check import check_order
+from fastpar.graph.pipeline import Pass, PassContext, Pipeline
+from fastpar.graph.program import Program
+from fastpar.run.compare import FLOAT64_TOLERANCE, difference, float64_reference, same_bits
+
+
+@dataclass(frozen=True)
+class Proof:
+    """One stage on N ranks against eager: the worst relative difference of any output on any rank."""
+
+    after: str  # the pass, as pipeline text; empty for the captured program itself
+    stage: str
+    error: float
+    same_bits: bool  # the ranks' outputs are equal bit by bit
+    lossy: bool  # the pass, or one before it, changes numerics on purpose
+
+    @property
+    def ok(self) -> bool:
+        """Whether ranks agree and, unless the plan is lossy, eager's values came out. A NaN is no value."""
+        return self.same_bits and (self.lossy or self.error <= FLOAT64_TOLERANCE)
+
+
+@dataclass
+class EachStage:
+    """A pipeline callback that runs every program it sees; ``proofs`` has one entry per stage."""
+
+    args: list[Any]
+    expected: tuple[Any, ...]
+    ctx: PassContext
+    proofs: list[Proof] = field(default_factory=list)
+    _before: Program | None = None
+    _lossy: bool = False
+
+    def __call__(self, previous: Pass | None, program: Program, next: Pass | None, seconds: float, /) -> None:
+        self._lossy = self._lossy or (previous is not None and previous.lossy)
+        with torch.no_grad():
+            results = self._run(previous, program)
+        errors, same = [0.0], True
+        for i, reference in enumerate(self.expected):
+            for result in results:
+                if isinstance(reference, torch.Tensor):
+                    errors.append(difference(result[i], reference)[1])
+                    same = same and same_bits(result[i], results[0][i])
+                else:
+                    errors.append(0.0 if result[i] == reference else float("inf"))
+        name = previous.spec() if previous is not None else ""
+        self.proofs.append(Proof(name, program.stage, max(errors), same, self._lossy))
+        # A pass may edit its program in place, and what it was is needed to localise the other ranks.
+        self._before = program.copy() if program.stage == "lowered" else None
+
+    def _run(self, previous: Pass | None, program: Program) -> list[tuple[Any, ...]]:
+        if program.stage == "captured":
+            return [tuple(program.gm(*self.args))]
+        if program.stage != "localised":
+            return run_global(program, self.args)
+        if previous is None or self._before is None or not hasattr(previous, "rank"):
+            raise CheckError("a localised program can only be run beside the other ranks', right after 'localise'")
+        mesh: Mesh = self.ctx.mesh
+        before = self._before
+        programs = [replace(previous, rank=r).apply(before, self.ctx) for r in range(mesh.ranks)]  # type: ignore[call-arg]
+        check_order(programs)
+        return run_local(programs, self.args)
+
+
+def prove_each(recorded: Recorded, pipeline: Pipeline, mesh: Mesh, plan: Any) -> list[Proof]:
+    """Run ``pipeline`` on the float64 version of a captured graph, and every program in between on all ranks."""
+    promoted, args, expected = float64_reference(recorded)
+    program = promoted.copy()
+    program.mesh, program.plan = mesh, plan
+    ctx = PassContext(mesh=mesh, plan=plan)
+    each = EachStage(args, expected, ctx)
+    pipeline.run(program, ctx, each)
+    return each.proofs

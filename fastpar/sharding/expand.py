@@ -1,0 +1,154 @@
+"""Operators that are written out in simpler ones where their rows are split.
+
+Whole, each stays the one operator that it is. Split, its rule could only gather; written
+out, every part has a rule: a mean is a sum (partial over ranks) times a number, a padded
+convolution is a pad and a convolution over windows, group norm is two means, a causal
+attention is one with its mask. One function per operator, in plain torch, traced and put in
+its place; the walk then goes over the new operators like over any others.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+from fastpar.core.layout import Dim, Layout
+from fastpar.core.mesh import Mesh
+from fastpar.ops.redistribute import redistribute
+from fastpar.rules import Call, rule_for
+from fastpar.rules.reduce import reduced_dims
+from fastpar.rules.spatial import CONVOLUTION, pad_arguments, padded
+
+Written = Callable[..., Any]  # takes the operator's own arguments
+aten = torch.ops.aten
+
+
+def expansion(call: Call, layouts: Sequence[Layout], mesh: Mesh) -> Written | None:
+    """What to write instead of ``call`` when its operands come as ``layouts``; None: the operator itself."""
+    find = _TABLE.get(call.name)
+    return find(call, layouts, mesh) if find is not None and any(not x.is_whole for x in layouts) else None
+
+
+def traced(call: Call, written: Written) -> fx.Graph:
+    """``written`` as a graph with one placeholder per tensor operand, values in ``meta``."""
+    values = [n.meta["val"] for n in call.operands]
+    leaves, spec = pytree.tree_flatten((call.args, call.kwargs), is_leaf=lambda x: isinstance(x, fx.Node))
+    operands = set(call.operands)
+
+    def run(*xs: torch.Tensor) -> Any:
+        queue = iter(xs)
+        given = [next(queue) if isinstance(x, fx.Node) and x in operands else x for x in leaves]
+        args, kwargs = pytree.tree_unflatten(given, spec)
+        return written(*args, **kwargs)
+
+    with values[0].fake_mode:
+        graph = make_fx(run)(*values).graph
+    trace = call.node.meta.get("stack_trace")
+    for node in graph.nodes:
+        if trace and node.op == "call_function":
+            node.meta["stack_trace"] = trace
+    return graph
+
+
+def _mean(call: Call, layouts: Sequence[Layout], mesh: Mesh) -> Written | None:
+    dims = sorted(reduced_dims(call))
+    if all(layouts[0].dims[d].is_whole for d in dims):
+        return None
+    count = math.prod(call.shapes[0][d] for d in dims)
+
+    def written(x: torch.Tensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> torch.Tensor:
+        # the partial sums are scaled before they are added up: no larger values than a mean has
+        return aten.mul.Tensor(aten.sum.dim_IntList(x, dims, keepdim, dtype=dtype), 1.0 / count)
+
+    return written
+
+
+def _convolution(call: Call, layouts: Sequence[Layout], mesh: Mesh) -> Written | None:
+    layout = layouts[0].summed()
+    pads = CONVOLUTION.padding(call, layout)
+    if not any(pads) or any(padded(d, n, n) is None for d, n in zip(layout.dims, pads, strict=True)):
+        return None
+
+    def written(x: torch.Tensor, w: torch.Tensor, b: Any, stride: Any, padding: Any, *rest: Any) -> torch.Tensor:
+        padding = list(padding) * (len(pads) - 2) if len(padding) == 1 else list(padding)
+        left = [0 if done else p for p, done in zip(padding, pads[2:], strict=True)]
+        x = aten.constant_pad_nd.default(x, pad_arguments(pads), 0)
+        return aten.convolution.default(x, w, b, stride, left, *rest)
+
+    return written
+
+
+def _group_norm(call: Call, layouts: Sequence[Layout], mesh: Mesh) -> Written | None:
+    if all(d.is_whole for d in layouts[0].dims[1:]):
+        return None
+
+    def written(
+        x: torch.Tensor, weight: Any, bias: Any, n: int, c: int, hw: int, groups: int, eps: float
+    ) -> tuple[torch.Tensor, ...]:
+        wide = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
+        y = x.to(wide).reshape(n, groups, c // groups, *x.shape[2:])
+        dims = list(range(2, y.dim()))
+        # two passes: the mean of squares minus the squared mean would cancel
+        mean = aten.mean.dim(y, dims, True)
+        y = y - mean
+        rstd = aten.rsqrt.default(aten.mean.dim(y * y, dims, True) + eps)
+        y = (y * rstd).reshape(x.shape)
+        shape = [1, c] + [1] * (x.dim() - 2)
+        if weight is not None:
+            y = y * weight.to(wide).reshape(shape)
+        if bias is not None:
+            y = y + bias.to(wide).reshape(shape)
+        return y.to(x.dtype), mean.reshape(n, groups), rstd.reshape(n, groups)
+
+    return written
+
+
+def _addmm(call: Call, layouts: Sequence[Layout], mesh: Mesh) -> Written | None:
+    if layouts[1].dims[-1].is_whole and layouts[2].dims[-2].is_whole:
+        return None
+
+    def written(bias: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, beta: Any = 1, alpha: Any = 1) -> torch.Tensor:
+        product = aten.mm.default(a, b)
+        product = product if alpha == 1 else product * alpha
+        return product + (bias if beta == 1 else bias * beta)
+
+    return written
+
+
+def _causal(call: Call, layouts: Sequence[Layout], mesh: Mesh) -> Written | None:
+    """Rows of a causal attention are no longer where the kernel would think.
+
+    The mask is ``arange(S)[:, None] >= arange(T)``, its rows cut before it is made, so that
+    each rank only ever has its own rows of it.
+    """
+    if not call.arg(4, "causal", False):
+        return None
+    split = rule_for(call).decide(call, tuple(layouts), mesh).outputs[0].dims[-2]
+    rows, keys = call.shapes[0][-2], call.shapes[1][-2]
+    if split.is_whole:
+        return None
+    whole, cut = Layout((Dim.whole(rows), Dim.whole(1))), Layout((split, Dim.whole(1)))
+
+    def written(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any = None, causal: bool = True,
+                scale: Any = None, gqa: bool = False) -> torch.Tensor:  # fmt: skip
+        index = torch.arange(rows, device=q.device).view(rows, 1)
+        index = redistribute(index, str(whole), str(cut))
+        mask = index >= torch.arange(keys, device=q.device)
+        return torch.ops.fastpar.attention.default(q, k, v, mask, False, scale, gqa)
+
+    return written
+
+
+_TABLE: dict[str, Callable[[Call, Sequence[Layout], Mesh], Written | None]] = {
+    "aten::mean": _mean,
+    "aten::convolution": _convolution,
+    "aten::native_group_norm": _group_norm,
+    "aten::addmm": _addmm,
+    "fastpar::attention": _causal,
+}

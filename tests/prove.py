@@ -1,0 +1,185 @@
+"""One program on N virtual ranks against eager, after every pass and at the end.
+
+``prove`` is what the property tests and the named regressions share. It raises
+AssertionError, or whatever the compiler raises, with a note that says where on the way.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from fastpar.backends.simulate import run_global, run_local
+from fastpar.core.layout import Layout
+from fastpar.core.mesh import Mesh
+from fastpar.core.plan import Plan
+from fastpar.graph.check import check, check_order
+from fastpar.graph.pipeline import Pass, PassContext, Pipeline
+from fastpar.graph.program import Program
+from fastpar.ops.collectives import COLLECTIVES
+from fastpar.passes.localise import Localise
+from fastpar.plan.expand import mesh_for, pipeline_text
+from fastpar.registry import PASSES
+from fastpar.rules import Call
+from tests.programs import Case
+
+TOLERANCE = 1e-9  # largest difference over the largest value, per output
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a program is cut: the mesh, and a pipeline that ends in ``lower``."""
+
+    mesh: Mesh
+    pipeline: str
+
+    @staticmethod
+    def of(plan: str, program: Program) -> Way:
+        """What a plan expands to for this program; the plan's text must round trip."""
+        parsed = Plan.parse(plan)
+        assert Plan.parse(str(parsed)) == parsed
+        return Way(mesh_for(parsed, program.graph), pipeline_text(parsed))
+
+
+@dataclass
+class Seen:
+    """What one proof went through; the statistics add these up."""
+
+    ranks: int = 1
+    communicates: bool = False
+    uneven: bool = False
+    empty: bool = False  # some rank has no rows of some value
+    split: bool = False
+    operators: Counter[str] = field(default_factory=Counter)  # those with a split operand or result
+    collectives: Counter[str] = field(default_factory=Counter)
+
+
+def prove(case: Case, way: Way, passes: Mapping[str, Callable[[], type[Pass]]] = PASSES) -> Seen:
+    """Run ``case`` through ``way``: exact, well-formed and in order at every stage. Returns what was seen."""
+    pipeline = Pipeline.parse(way.pipeline, passes)
+    assert Pipeline.parse(str(pipeline), passes) == pipeline
+    mesh = way.mesh
+    assert Mesh.parse(str(mesh)) == mesh
+    start = case.program.copy()
+    start.mesh = mesh
+    ctx = PassContext(mesh=mesh)
+
+    def between(previous: Pass | None, now: Program, following: Pass | None, seconds: float) -> None:
+        with _noted(f"after {previous.spec() if previous else 'capture'}"):
+            check(now)
+            _text_round_trips(now)
+            if now.stage == "captured":
+                agree([tuple(now.gm(*case.args))], case.expected)
+            else:
+                agree(run_global(now, case.args), case.expected)
+
+    with torch.no_grad(), _noted(f"{case.recipe!r}\n{way!r}"):
+        lowered = pipeline.run(start, ctx, between)
+        programs = [Localise(rank=r).apply(lowered, ctx) for r in range(mesh.ranks)]
+        with _noted("localised"):
+            for program in programs:
+                check(program)
+            check_order(programs)
+            agree(run_local(programs, case.args), case.expected)
+    return _seen(lowered, mesh)
+
+
+def agree(results: list[tuple[Any, ...]], expected: tuple[torch.Tensor, ...]) -> None:
+    """Every rank's outputs are eager's up to the order of sums, and the same bits on all ranks."""
+    for rank, outputs in enumerate(results):
+        for i, (mine, first, true) in enumerate(zip(outputs, results[0], expected, strict=True)):
+            assert mine.shape == true.shape, f"output {i} of rank {rank} is {list(mine.shape)}, not {list(true.shape)}"
+            assert torch.equal(mine, first), f"output {i} of rank {rank} has other bits than rank 0's"
+            scale = max(float(true.abs().max()), 1e-30) if true.numel() else 1.0
+            error = float((mine - true).abs().max()) / scale if true.numel() else 0.0
+            assert error <= TOLERANCE, f"output {i} of rank {rank} is off by {error:.1e}"
+
+
+def _text_round_trips(program: Program) -> None:
+    for node in program.graph.nodes:
+        layout = node.meta.get("layout")
+        for one in layout if isinstance(layout, tuple) else (layout,):
+            assert one is None or Layout.parse(str(one)) == one, f"{one} does not round trip"
+
+
+class _noted:
+    """Adds a line to what goes wrong inside."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is not None:
+            error.add_note(self.text)
+
+
+def _layouts(node: fx.Node) -> list[Layout]:
+    layout = node.meta.get("layout")
+    return [x for x in (layout if isinstance(layout, tuple) else (layout,)) if x is not None]
+
+
+def _seen(lowered: Program, mesh: Mesh) -> Seen:
+    seen = Seen(ranks=mesh.ranks)
+    for node in lowered.graph.nodes:
+        if node.op != "call_function":
+            continue
+        name = Call.of(node).name
+        if node.target in COLLECTIVES:
+            seen.communicates = True
+            seen.collectives[name] += 1
+            continue
+        layouts = [x for n in (node, *node.all_input_nodes) for x in _layouts(n)]
+        if all(x.is_whole for x in layouts):
+            continue
+        seen.split = True
+        seen.operators[name] += 1
+        shares = {x.local_shape(mesh, r) for x in _layouts(node) for r in range(mesh.ranks)}
+        seen.uneven |= len(shares) > len(_layouts(node))
+        seen.empty |= any(0 in share for share in shares)
+    return seen
+
+
+@dataclass
+class Statistics:
+    """Sums over cases, and what must hold of them lest the proofs become empty."""
+
+    cases: list[Seen] = field(default_factory=list)
+
+    def add(self, seen: Seen) -> None:
+        self.cases.append(seen)
+
+    def share(self, what: str) -> float:
+        return sum(bool(getattr(c, what)) for c in self.cases) / max(1, len(self.cases))
+
+    def lines(self) -> list[str]:
+        operators: Counter[str] = Counter()
+        collectives: Counter[str] = Counter()
+        for c in self.cases:
+            operators.update(c.operators.keys())
+            collectives.update(c.collectives.keys())
+        ranks = Counter(c.ranks for c in self.cases)
+        n = len(self.cases)
+        return [
+            f"{n} cases: {self.share('communicates'):.0%} communicate, {self.share('split'):.0%} have split values, "
+            f"{self.share('uneven'):.0%} uneven parts, {self.share('empty'):.0%} empty parts",
+            "ranks: " + ", ".join(f"{r}: {k}" for r, k in sorted(ranks.items())),
+            "collectives (cases): " + _counts(collectives),
+            f"{len(operators)} operators on split values (cases): " + _counts(operators),
+        ]
+
+    def demand(self, communicates: float = 0.8, uneven: float = 0.5) -> None:
+        """Fail where too few cases communicate or have uneven parts."""
+        assert self.share("communicates") >= communicates, "too few programs communicate: " + self.lines()[0]
+        assert self.share("uneven") >= uneven, "too few programs have uneven parts: " + self.lines()[0]
+
+
+def _counts(counter: Counter[str]) -> str:
+    return ", ".join(f"{name.split('::')[-1]} {k}" for name, k in counter.most_common())

@@ -1,0 +1,85 @@
+"""Any program, any plan, any number of ranks: exact after every pass (layer 3 of the proofs).
+
+Random programs (``tests/programs.py``) go through plans and hand-written pipelines. After every
+pass the ranks together must give what eager gives, and the structural checker must agree. Run
+with ``-rP`` or ``-s`` to see the statistics, which are also demanded: a generator whose programs
+do not communicate would prove nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fastpar.core.mesh import Mesh
+from tests.programs import Recipe, build, recipes
+from tests.prove import Seen, Statistics, Way, prove
+
+RANKS = (2, 3, 4, 5, 8, 3, 5, 8, 1)
+plans = st.builds("{}={}".format, st.sampled_from(("ulysses", "gather")), st.sampled_from(RANKS))
+
+MESHES = (
+    Mesh((("ring", 2), ("sp", 3))),
+    Mesh((("ring", 3), ("sp", 2))),
+    Mesh((("ring", 2), ("sp", 2))),
+    Mesh((("a", 2), ("b", 2), ("c", 2))),
+)
+
+
+@st.composite
+def ways(draw: st.DrawFn) -> Way:
+    """Pipelines by hand: some axes split tokens (in any order), the others hold replicas."""
+    mesh = draw(st.sampled_from(MESHES))
+    axes = draw(st.permutations(mesh.names))
+    used = axes[: draw(st.integers(1, len(axes)))]
+    attention = ["attention-gather"]
+    for count in range(1, len(used) + 1):
+        attention.append(f"attention-ulysses{{axes=({':'.join(mesh.ordered(set(used[:count])))})}}")
+    steps = [f"shard{{axes=({':'.join(used)})}}", draw(st.sampled_from([*attention, "attention-ulysses"]))]
+    if draw(st.booleans()):
+        steps.append("cancel")
+    return Way(mesh, ",".join([*steps, "lower"]))
+
+
+def _with_plan(recipe: Recipe, plan: str) -> Seen:
+    case = build(recipe)
+    return prove(case, Way.of(plan, case.program))
+
+
+def _run(cases: int, check: Callable[..., Seen], *strategies: st.SearchStrategy) -> Statistics:
+    """``cases`` random cases through ``check``; their statistics."""
+    statistics = Statistics()
+
+    @settings(max_examples=cases, suppress_health_check=list(HealthCheck), print_blob=False)
+    @given(st.tuples(*strategies))
+    def prove_all(drawn: tuple[object, ...]) -> None:
+        statistics.add(check(*drawn))
+
+    prove_all()
+    print("\n" + "\n".join(statistics.lines()))
+    return statistics
+
+
+def test_plans_are_exact_after_every_pass() -> None:
+    _run(40, _with_plan, recipes(), plans).demand()
+
+
+def _by_hand(recipe: Recipe, way: Way) -> Seen:
+    return prove(build(recipe), way)
+
+
+def test_meshes_of_several_axes_are_exact_after_every_pass() -> None:
+    _run(20, _by_hand, recipes(), ways()).demand()
+
+
+@pytest.mark.slow
+def test_plans_are_exact_on_many_programs() -> None:
+    _run(350, _with_plan, recipes(6), plans).demand()
+
+
+@pytest.mark.slow
+def test_meshes_are_exact_on_many_programs() -> None:
+    _run(150, _by_hand, recipes(6), ways()).demand()

@@ -1,0 +1,75 @@
+"""Operators over rows: convolutions with halos, group norm, pads, causal masks, means."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import fastpar
+
+torch.set_num_threads(1)
+
+
+class Conv(nn.Module):
+    """Tokens -> rows -> convolution -> tokens -> attention, so that tokens are what is split."""
+
+    def __init__(self, kernel: int, stride: int = 1, padding: int = 0, dilation: int = 1, groups: int = 1,
+                 bias: bool = True, norm: bool = False) -> None:  # fmt: skip
+        super().__init__()
+        self.proj = nn.Linear(8, 8)
+        self.conv = nn.Conv2d(8, 8, kernel, stride, padding, dilation, groups, bias)
+        self.norm = nn.GroupNorm(4, 8) if norm else nn.Identity()
+        self.out = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        b = x.shape[0]
+        x = self.proj(x)
+        q = x.view(b, -1, 2, 4).transpose(1, 2)
+        x = x + torch.nn.functional.scaled_dot_product_attention(q, q, q).transpose(1, 2).reshape(b, -1, 8)
+        y = x.view(b, height, width, 8).permute(0, 3, 1, 2)
+        y = self.norm(self.conv(y))
+        return self.out(y.flatten(2).transpose(1, 2))
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 5])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernel": 3, "padding": 1},
+        {"kernel": 3, "padding": 1, "groups": 8, "norm": True},
+        {"kernel": 5, "padding": 2, "bias": False},
+        {"kernel": 3, "padding": 0},
+        {"kernel": 3, "padding": 1, "stride": 2},
+        {"kernel": 3, "padding": 2, "dilation": 2},
+        {"kernel": 7, "padding": 3, "groups": 2},
+    ],
+    ids=str,
+)
+def test_convolutions_over_split_rows(options: dict, ranks: int) -> None:
+    torch.manual_seed(0)
+    model = Conv(**options).double().eval()
+    x = torch.randn(2, 9 * 6, 8, dtype=torch.float64)
+    report = fastpar.verify(model, (x, 9, 6), plan=f"gather={ranks}")
+    assert report.ok, report.diverged_at
+    assert not report.fallbacks, report.fallbacks
+
+
+class Causal(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(12, 36)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).view(*x.shape[:2], 3, 3, 4).permute(2, 0, 3, 1, 4)
+        y = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        y = y.transpose(1, 2).reshape(x.shape)
+        return y * y.mean(dim=1, keepdim=True) + y.amax(dim=1, keepdim=True)
+
+
+@pytest.mark.parametrize("plan", ["ulysses=3", "ulysses=4", "gather=2", "gather=5"])
+def test_causal_masks_follow_their_rows_and_means_count_all_of_them(plan: str) -> None:
+    torch.manual_seed(0)
+    report = fastpar.verify(Causal().double().eval(), (torch.randn(2, 11, 12, dtype=torch.float64),), plan=plan)
+    assert report.ok, report.diverged_at
+    assert report.flops_share < 0.62
