@@ -347,7 +347,7 @@ def joint_attention(
     if not text_first:
         text, image = image, text
     if cut == "across":
-        at = pick % (first + 1)
+        at = pick % (m + 1)
         image = out[:, at : at + n]
         text = out[:, n : n + m]
     elif cut == "stride":

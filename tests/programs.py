@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fastpar.graph.decompose import TABLE
-from fastpar.graph.normalise import tidy
 from fastpar.graph.program import Input, Kind, Program
+from fastpar.graph.tidy import tidy
 from tests.blocks import BLOCKS, ENDS, STARTS, Option, State
 
 Step = tuple[str, Mapping[str, Any]]

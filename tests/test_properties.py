@@ -15,6 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastpar.core.mesh import Mesh
+from fastpar.passes.attention_ulysses import AttentionUlysses
+from fastpar.passes.shard import Shard
 from tests.programs import Recipe, build, recipes
 from tests.prove import Seen, Statistics, Way, prove
 
@@ -37,8 +39,8 @@ def ways(draw: st.DrawFn) -> Way:
     used = axes[: draw(st.integers(1, len(axes)))]
     attention = ["attention-gather"]
     for count in range(1, len(used) + 1):
-        attention.append(f"attention-ulysses{{axes=({':'.join(mesh.ordered(set(used[:count])))})}}")
-    steps = [f"shard{{axes=({':'.join(used)})}}", draw(st.sampled_from([*attention, "attention-ulysses"]))]
+        attention.append(AttentionUlysses(mesh.ordered(set(used[:count]))).spec())
+    steps = [Shard(tuple(used)).spec(), draw(st.sampled_from([*attention, "attention-ulysses"]))]
     if draw(st.booleans()):
         steps.append("cancel")
     return Way(mesh, ",".join([*steps, "lower"]))

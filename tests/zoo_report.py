@@ -1,8 +1,8 @@
 """``python -m tests.zoo_report``: the whole zoo, verified, and held against what is committed in docs/zoo.json.
 
 Every case is captured once and verified under every plan on virtual ranks. Exits with 1 where a case does not work,
-where one that the ledger has was not run, or where there are more fallbacks than the ledger allows. The ledger
-is written by a whole run where there is none and with ``--update``; its number of fallbacks only grows with ``--force``.
+where one that the ledger has was not run, or where there are more fallbacks than the ledger allows. A whole run
+writes the ledger where there is none, and ``--update`` does; its number of fallbacks only grows with ``--force``.
 Results go to disk one by one: ``--resume`` continues a run that was interrupted.
 """
 
@@ -150,7 +150,8 @@ def _work(parent: Connection, plans: list[str]) -> None:
 
 # -- what is printed, and the verdict -------------------------------------------------------------
 
-HEADER = f"{'case':42} {'graphs':>6} {'error':>8} {'split':>11} {'colls':>5} {'kB':>7} {'fallbacks':>9} {'s':>5}  verdict"
+_TITLES = f"{'error':>8} {'split':>11} {'colls':>5} {'kB':>7} {'fallbacks':>9} {'s':>5}  verdict"
+HEADER = f"{'case':42} {'graphs':>6} {_TITLES}"
 
 
 def table(name: str, record: dict[str, Any]) -> None:

@@ -30,9 +30,10 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from fastpar.core.errors import CaptureError
 from fastpar.graph.decompose import TABLE
-from fastpar.graph.normalise import keep_whole, tidy
+from fastpar.graph.normalise import keep_whole
 from fastpar.graph.program import Input, Kind, Program, copy_module
 from fastpar.graph.scalars import floats_as_tensors
+from fastpar.graph.tidy import tidy
 
 Runner = Callable[[list[Any]], Sequence[Any]]
 Finish = Callable[[Program], Runner]

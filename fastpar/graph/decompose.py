@@ -373,8 +373,17 @@ def _convolution(
     else:
         out = aten.addmm.default(bias, tokens, matrix)
     out = aten.permute.default(aten.view.default(out, [b, length, out_channels]), [0, 2, 1])
-    # The convolution's result is contiguous, and the model's own views rely on it.
-    return _view(out, [b, out_channels, *grid])
+    # The convolution's result is contiguous, and the model's own views and norms rely on it.
+    out = aten.clone.default(out, memory_format=torch.contiguous_format)
+    return aten.view.default(out, [b, out_channels, *grid])
+
+
+@_entry(aten.native_group_norm.default)
+def _group_norm(x: Tensor, *rest: Any) -> Any:
+    """Memory order is the kernel's business in eager; here it was decided at trace time, from fake strides."""
+    if x.is_contiguous():
+        return NotImplemented
+    return aten.native_group_norm.default(aten.clone.default(x, memory_format=torch.contiguous_format), *rest)
 
 
 @_entry(aten._weight_norm_interface.default)

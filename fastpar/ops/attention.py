@@ -72,7 +72,8 @@ def _attention(
         return _empty(shape, q).zero_()
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=gqa)
     if out.dim() == 4:
-        return out.transpose(1, 2).contiguous().transpose(1, 2)  # no copy after a flash kernel
+        # Models make q by transposing heads and tokens, fused kernels copy q's layout: then this is free.
+        return out.transpose(1, 2).contiguous().transpose(1, 2)
     return out.contiguous()
 
 

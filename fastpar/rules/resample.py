@@ -1,17 +1,60 @@
-"""Resampling (``fastpar::resample``): batch and channels pass through, rows are whole for now."""
+"""Resampling (``fastpar::resample``): batch and channels pass through.
+
+Nearest-neighbour up-sampling by a whole factor repeats rows, so split rows stay where they
+are; interpolation between rows, and other factors, need them whole.
+"""
 
 from __future__ import annotations
 
-from fastpar.rules.factor import FactorRule, Factors
-from fastpar.rules.table import Call, register
+import torch
+
+from fastpar.core.layout import Dim, Layout
+from fastpar.core.mesh import Mesh
+from fastpar.rules.table import Call, Decision, Gather, Localised, Pos, Rule, register
 
 
-def _resample(call: Call) -> Factors:
-    spatial = len(call.shape) - 2
-    inside = tuple(f"s{i}" for i in range(spatial))
-    outside = tuple(f"o{i}" for i in range(spatial))
-    whole = dict.fromkeys((*inside, *outside), "interpolation reaches over the rows of other ranks")
-    return Factors((("n", "c", *inside),), (("n", "c", *outside),), whole=whole)
+class ResampleRule(Rule):
+    """resample(x [N, C, *S], size?, scales?, mode, align_corners?, antialias, recompute?)"""
+
+    def _factor(self, call: Call, d: int) -> int:
+        """Whole factor by which rows of dimension ``d`` are repeated; 0 where they are not."""
+        before, after = call.shapes[0][d], call.shape[d]
+        if before == 0 or after % before or not str(call.arg(3, "mode")).startswith("nearest"):
+            return 0
+        return after // before
+
+    def decide(self, call: Call, layouts: tuple[Layout, ...], mesh: Mesh) -> Decision:
+        want, dims, gathers = layouts[0].summed(), [], []
+        for d, dim in enumerate(want.dims):
+            factor = 1 if d < 2 else self._factor(call, d)
+            if dim.is_whole:
+                dims.append(Dim.whole(call.shape[d]))
+            elif factor and dim.single is not None:
+                dims.append(Dim.of([dim.single.scaled(factor)]))
+            elif factor == 1:
+                dims.append(dim)
+            else:
+                gathers.append(Gather(0, "interpolation reaches over the rows of other ranks"))
+                want = want.with_dim(d, Dim.whole(dim.size))
+                dims.append(Dim.whole(call.shape[d]))
+        return Decision((want,), (Layout(tuple(dims)),), tuple(gathers))
+
+    def back(self, call: Call, pos: Pos) -> list[tuple[int, Pos]]:
+        return [(0, pos)] if call.shapes[0][pos.dim] == call.shape[pos.dim] else []
+
+    def carries(self, call: Call, marked: list[set[int]]) -> set[int]:
+        return set(marked[0])
+
+    def localise(
+        self, call: Call, ins: tuple[Layout, ...], outs: tuple[Layout, ...], mesh: Mesh, rank: int
+    ) -> Localised:
+        shape = outs[0].local_shape(mesh, rank)
+        if 0 in shape:  # a kernel has nothing to run on
+            return torch.ops.aten.new_zeros.default, (call.args[0], list(shape)), {}
+        args = list(call.args)
+        if args[1] is not None:
+            args[1] = list(shape[2:])
+        return call.node.target, tuple(args), call.kwargs
 
 
-register("fastpar::resample", FactorRule(_resample))
+register("fastpar::resample", ResampleRule())

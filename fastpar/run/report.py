@@ -36,9 +36,10 @@ class Report:
     ``max_rel_err`` is the largest absolute difference over the largest absolute reference value,
     the worst output counts; ``tolerance`` is what it is held against. Shares are of eager's
     FLOPs: ``flops_share`` is the busiest rank's, 1/N is perfect; ``time_share`` is the same of the
-    seconds that products and reductions take on a roofline, communication not counted. Bytes are per step (one call
-    of the model) and leave a rank for others; ``bytes_per_rank`` is the largest rank's,
-    ``bytes_formula`` the plan's closed form.
+    seconds that products and reductions take on a roofline, communication not counted. Of several graphs
+    they are those of all together, weighted by ``eager_flops`` and ``eager_time`` (eager's FLOPs, and its
+    seconds on the roofline). Bytes are per step (one call of the model) and leave a rank for others;
+    ``bytes_per_rank`` is the largest rank's, ``bytes_formula`` the plan's closed form.
     """
 
     plan: str
@@ -53,6 +54,8 @@ class Report:
     flops_share: float = 1.0
     attainable_share: float = 1.0
     time_share: float = 1.0
+    eager_flops: int = 0
+    eager_time: float = 0.0
     replicated: list[Replicated] = field(default_factory=list)
     fallbacks: list[FallbackReport] = field(default_factory=list)
     collectives: list[Collective] = field(default_factory=list)

@@ -9,6 +9,7 @@ eager itself is, plus one unit in the last place.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -45,10 +46,11 @@ def verify(
     """
     captured = model if isinstance(model, Captured) else capture(model, _given(inputs))
     report = None
+    double = _in_double(captured)
     for recorded in captured.programs:
         built = build(recorded.program, plan, ranks, passes)
         part = _explained(built)
-        _compare(built, recorded, part, ranks, passes)
+        _compare(built, recorded, part, ranks, passes, double)
         report = part if report is None else _join(report, part)
     return _nothing(report)
 
@@ -137,6 +139,8 @@ def _explained(built: Built) -> Report:
         flops_share=max(shared) / eager if eager else 1.0,
         attainable_share=(split / ranks + eager - split) / eager if eager else 1.0,
         time_share=max(times) / whole if whole else 1.0,
+        eager_flops=eager,
+        eager_time=whole,
         replicated=_replicated(built, eager),
         fallbacks=_fallbacks(built),
         collectives=collectives(built.lowered),
@@ -174,15 +178,22 @@ def _fallbacks(built: Built) -> list[FallbackReport]:
 
 
 def _join(a: Report, b: Report) -> Report:
-    """Reports of two graphs of one model as one; shares are joined by the larger."""
-    worst = a if (a.max_rel_err or 0) >= (b.max_rel_err or 0) else b
+    """Reports of two graphs of one model as one. The busiest ranks' work adds up, as if they were the same rank."""
+    worst = max(a, b, key=lambda x: (x.max_rel_err or 0) / (x.tolerance or 1))
     a.ok = None if a.ok is None else a.ok and bool(b.ok)
     a.max_abs_err, a.max_rel_err, a.tolerance = worst.max_abs_err, worst.max_rel_err, worst.tolerance
     a.diverged_at = a.diverged_at or b.diverged_at
     a.graphs += b.graphs
-    a.flops_share, a.attainable_share = max(a.flops_share, b.flops_share), max(a.attainable_share, b.attainable_share)
-    a.time_share = max(a.time_share, b.time_share)
-    a.replicated += b.replicated
+    flops = (a.eager_flops, b.eager_flops)
+    a.flops_share = _weighted((a.flops_share, b.flops_share), flops)
+    a.attainable_share = _weighted((a.attainable_share, b.attainable_share), flops)
+    a.time_share = _weighted((a.time_share, b.time_share), (a.eager_time, b.eager_time))
+    a.eager_flops, a.eager_time = sum(flops), a.eager_time + b.eager_time
+    a.replicated = [
+        replace(r, share=r.share * own / a.eager_flops)
+        for x, own in zip((a, b), flops, strict=True)
+        for r in x.replicated
+    ]
     a.fallbacks += b.fallbacks
     a.collectives += b.collectives
     a.bytes_per_rank += b.bytes_per_rank
@@ -192,12 +203,19 @@ def _join(a: Report, b: Report) -> Report:
     return a
 
 
+def _weighted(shares: tuple[float, float], weights: tuple[float, float]) -> float:
+    """The mean by weight; 1 where nothing weighs anything."""
+    total = sum(weights)
+    return sum(s * w for s, w in zip(shares, weights, strict=True)) / total if total else 1.0
+
+
 # -- verify -------------------------------------------------------------------------------------
 
 
-def _compare(built: Built, recorded: Recorded, report: Report, ranks: int | None, passes: str | None) -> None:
+def _compare(
+    built: Built, recorded: Recorded, report: Report, ranks: int | None, passes: str | None, double: bool
+) -> None:
     program, args = recorded.program, list(recorded.args)
-    double = _in_double(recorded)
     promoted, exact_args, exact = float64_reference(recorded)
     with torch.no_grad():
         if double:
@@ -232,15 +250,17 @@ def _compare(built: Built, recorded: Recorded, report: Report, ranks: int | None
         report.diverged_at = first_difference(built, args, report.tolerance)
 
 
-def _in_double(recorded: Recorded) -> bool:
+def _in_double(captured: Captured) -> bool:
     """Whether this is a float64 model: its parameters are, or without any its floating inputs, if it has any.
 
-    Buffers do not count: a float64 model may keep a table in float32, which is promoted like its casts.
+    Buffers do not count: a float64 model may keep a table in float32, which is promoted like its casts. Nor
+    do graphs one by one: between two graphs of a float64 model a value may travel in float32.
     """
     floats: dict[str, set[torch.dtype]] = {}
-    for given, arg in zip(recorded.program.inputs, recorded.args, strict=True):
-        if isinstance(arg, torch.Tensor) and arg.is_floating_point():
-            floats.setdefault(given.kind, set()).add(arg.dtype)
+    for recorded in captured.programs:
+        for given, arg in zip(recorded.program.inputs, recorded.args, strict=True):
+            if isinstance(arg, torch.Tensor) and arg.is_floating_point():
+                floats.setdefault(given.kind, set()).add(arg.dtype)
     return floats.get("parameter", floats.get("user")) in (None, {torch.float64})
 
 
