@@ -20,6 +20,12 @@ def _attention_ulysses() -> type[Pass]:
     return AttentionUlysses
 
 
+def _attention_ring() -> type[Pass]:
+    from fastpar.passes.attention_ring import AttentionRing
+
+    return AttentionRing
+
+
 def _cancel() -> type[Pass]:
     from fastpar.passes.cancel import Cancel
 
@@ -48,6 +54,7 @@ PASSES: dict[str, Callable[[], type[Pass]]] = {
     "shard": _shard,
     "attention-gather": _attention_gather,
     "attention-ulysses": _attention_ulysses,
+    "attention-ring": _attention_ring,
     "cancel": _cancel,
     "lower": _lower,
     "localise": _localise,

@@ -28,7 +28,11 @@ UNBALANCED = 1.05  # largest share of the work over the mean that fewer bytes ma
 
 @dataclass(frozen=True)
 class AttentionUlysses(Pass):
-    """Heads split over ``axes`` as far as they go (default: all axes that split the keys)."""
+    """Heads split over ``axes`` as far as they go (default: all axes that split the keys).
+
+    An axis that ``mesh_for`` cut into factors is named by its plan's name. Keys stay split over
+    the axes that are not named: those are for the pass that comes next (USP: a ring).
+    """
 
     name: ClassVar[str] = "attention-ulysses"
     stage_in: ClassVar[str] = "sharded"
@@ -38,7 +42,8 @@ class AttentionUlysses(Pass):
     def apply(self, program: Program, ctx: PassContext) -> Program:
         mesh: Mesh = ctx.mesh
         for node in split_keys(program.graph):
-            axes = self.axes or mesh.ordered(node.args[1].meta["layout"].dims[-2].axes)  # type: ignore[union-attr]
+            split = mesh.ordered(node.args[1].meta["layout"].dims[-2].axes)  # type: ignore[union-attr]
+            axes = tuple(a for a in split if not self.axes or a.rstrip("0123456789") in self.axes)
             heads, spent = self._rewrite(node, axes, mesh)
             if spent != axes:
                 ranks = mesh.size(axes) // mesh.size(spent)
@@ -59,7 +64,7 @@ class AttentionUlysses(Pass):
         options = []
         for count in range(len(axes) + 1):
             for spent in itertools.combinations(axes, count):
-                option = _rectangle(layouts, result, spent, mesh)
+                option = _rectangle(layouts, result, axes, spent, mesh)
                 if option is not None:
                     options.append((*option, spent))
         least = min(option[0] for option in options)
@@ -85,7 +90,7 @@ class AttentionUlysses(Pass):
 
 
 def _rectangle(
-    layouts: list[Layout], result: Layout, spent: tuple[str, ...], mesh: Mesh
+    layouts: list[Layout], result: Layout, axes: tuple[str, ...], spent: tuple[str, ...], mesh: Mesh
 ) -> tuple[float, int, list[Layout], Layout] | None:
     """(work of the busiest rank, elements it sends, layouts of q, k and v, of the result) when heads
     are split over ``spent`` and query rows over what is left; None where there are too few heads."""
@@ -107,7 +112,7 @@ def _rectangle(
     for x in layouts[1:3]:
         shape = x.shape[:-2]
         kv = tuple(kv_head_dim(d, s) for d, s in zip(heads[len(heads) - len(shape) :], shape, strict=True))
-        wants.append(Layout((*kv, Dim.whole(x.dims[-2].size), x.dims[-1])))
+        wants.append(Layout((*kv, without_axes(x.dims[-2], axes, mesh), x.dims[-1])))
     work = max(math.prod(out.local_shape(mesh, r)[:-1]) for r in range(mesh.ranks))
     sent = [0] * mesh.ranks
     for src, dst in [*zip(layouts[:3], wants, strict=True), (out, result)]:

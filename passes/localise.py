@@ -18,7 +18,7 @@ from fastpar.core.layout import Layout
 from fastpar.core.mesh import Mesh
 from fastpar.core.transfer import changed_axes, transfer
 from fastpar.graph.pipeline import Pass, PassContext
-from fastpar.graph.program import Program
+from fastpar.graph.program import Program, module_of
 from fastpar.ops.collectives import Exchange, all_gather, all_reduce, all_to_all, local, pack, unpack
 from fastpar.rules.localise import Localiser
 
@@ -42,8 +42,7 @@ class Localise(Pass):
 
     def apply(self, program: Program, ctx: PassContext) -> Program:
         writer = _Writer(program, ctx.mesh, self.rank, getattr(ctx, "groups", None) or {})
-        gm = fx.GraphModule(program.gm, writer.run(), class_name=f"Rank{self.rank}")
-        gm.meta = dict(program.gm.meta)
+        gm = module_of(program.gm, writer.run(), f"Rank{self.rank}")
         return Program(gm, program.inputs, "localised", program.name, ctx.mesh, program.plan, program.notes)
 
 
@@ -60,18 +59,23 @@ class _Writer:
             if handler is not None:
                 self.env[node] = handler(self, node)
             elif node.op == "call_function" and node.target is getitem and node.args[0].target is all_to_all:
-                self.env[node] = self.env[node.args[0]][node.args[1]]
+                self.env[node] = _Part(self.env[node.args[0]], node.args[1])
             elif node.op == "call_function":
                 target, args, kwargs = self.localiser.call(node, self.rank)
                 self.env[node] = self._emit(node, target, self._map(args), self._map(kwargs))
             else:
-                new = self.graph.node_copy(node, lambda n: self.env[n])
+                new = self.graph.node_copy(node, self._value)
                 new.meta = dict(node.meta)
                 self.env[node] = new
         return self.graph
 
     def _map(self, value: Any) -> Any:
-        return fx.map_arg(value, lambda n: self.env[n])
+        return fx.map_arg(value, self._value)
+
+    def _value(self, node: fx.Node) -> Any:
+        """What ``node`` became; an exchange under way is waited for here, where its result is first needed."""
+        value = self.env[node]
+        return value.exchange.finish()[value.index] if isinstance(value, _Part) else value
 
     def _emit(self, origin: fx.Node, target: Any, args: tuple[Any, ...], kwargs: Any = None) -> fx.Node:
         new = self.graph.call_function(target, args, kwargs or {})
@@ -85,7 +89,7 @@ class _Writer:
     def local(self, node: fx.Node) -> fx.Node:
         src, dst = (Layout.parse(str(a)).summed() for a in node.args[1:3])
         t = transfer(src, dst, self.mesh, self.rank)
-        x = self.env[node.args[0]]  # type: ignore[index]
+        x = self._value(node.args[0])  # type: ignore[arg-type]
         boxes = t.receives[t.me]
         if len(boxes) > 1:
             exchange = Exchange([src], [dst], self.mesh, self.rank)
@@ -96,38 +100,63 @@ class _Writer:
             if have != want:
                 start = boxes[0].src[d] if boxes else 0
                 x = self._emit(node, torch.ops.aten.slice.Tensor, (x, d, start, start + want))
-        if x is not self.env[node.args[0]]:  # type: ignore[index]
+        if x is not self._value(node.args[0]):  # type: ignore[arg-type]
             x = self._emit(node, torch.ops.aten.clone.default, (x,), {"memory_format": torch.contiguous_format})
         return x
 
-    def all_to_all(self, node: fx.Node) -> list[fx.Node]:
+    def all_to_all(self, node: fx.Node) -> _Started:
         srcs, dsts = ([Layout.parse(str(t)) for t in a] for a in node.args[1:3])  # type: ignore[union-attr]
         exchange = Exchange(srcs, dsts, self.mesh, self.rank)
         xs = self._map(node.args[0])
         buffer = self._emit(node, pack, (xs, exchange.send_boxes))
         name = self._group(changed_axes(srcs[0], dsts[0], self.mesh))
         args = (buffer, exchange.receive_splits, exchange.send_splits, name)
-        return self._finish(node, self._emit(node, _C10D.all_to_all_single.default, args), exchange, len(xs))
+        return _Started(self, node, self._emit(node, _C10D.all_to_all_single.default, args), exchange, len(xs))
 
-    def all_gather(self, node: fx.Node) -> fx.Node:
+    def all_gather(self, node: fx.Node) -> _Part:
         src, dst = (Layout.parse(str(a)) for a in node.args[1:3])
         exchange = Exchange([src], [dst], self.mesh, self.rank)
-        buffer = self._emit(node, pack, ([self.env[node.args[0]]], exchange.send_boxes_to(0)))  # type: ignore[index]
+        buffer = self._emit(node, pack, ([self._value(node.args[0])], exchange.send_boxes_to(0)))  # type: ignore[arg-type]
         name = self._group(changed_axes(src, dst, self.mesh))
         args = (buffer, len(exchange.group), name)
-        return self._finish(node, self._emit(node, _C10D.all_gather_into_tensor.default, args), exchange, 1)[0]
+        started = self._emit(node, _C10D.all_gather_into_tensor.default, args)
+        return _Part(_Started(self, node, started, exchange, 1), 0)
 
     def all_reduce(self, node: fx.Node) -> fx.Node:
-        x = self.env[node.args[0]]  # type: ignore[index]
+        x = self._value(node.args[0])  # type: ignore[arg-type]
         x = self._emit(node, torch.ops.aten.clone.default, (x,), {"memory_format": torch.contiguous_format})
         name = self._group(tuple(str(node.args[2]).split(".")))
         started = self._emit(node, _C10D.all_reduce.default, (x, node.args[1], name))
         return self._emit(node, _C10D.wait_tensor.default, (started,))
 
-    def _finish(self, node: fx.Node, started: fx.Node, exchange: Exchange, count: int) -> list[fx.Node]:
-        buffer = self._emit(node, _C10D.wait_tensor.default, (started,))
-        done = self._emit(node, unpack, (buffer, exchange.shapes, exchange.receive_boxes))
-        return [self._emit(node, getitem, (done, i)) for i in range(count)]
+
+@dataclass
+class _Started:
+    """An exchange under way: waited for and unpacked once, when a part of it is first needed.
+
+    Whatever stands in between in the program runs while it travels.
+    """
+
+    writer: _Writer
+    node: fx.Node
+    started: fx.Node
+    exchange: Exchange
+    count: int
+    parts: list[fx.Node] | None = None
+
+    def finish(self) -> list[fx.Node]:
+        if self.parts is None:
+            emit = self.writer._emit
+            buffer = emit(self.node, _C10D.wait_tensor.default, (self.started,))
+            done = emit(self.node, unpack, (buffer, self.exchange.shapes, self.exchange.receive_boxes))
+            self.parts = [emit(self.node, getitem, (done, i)) for i in range(self.count)]
+        return self.parts
+
+
+@dataclass(frozen=True)
+class _Part:
+    exchange: _Started
+    index: int
 
 
 _HANDLERS: dict[Any, Any] = {

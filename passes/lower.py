@@ -19,6 +19,7 @@ from fastpar.graph.pipeline import Pass, PassContext
 from fastpar.graph.program import Program
 from fastpar.ops.collectives import all_gather, all_reduce, all_to_all, gathers_evenly, local
 from fastpar.ops.redistribute import redistribute
+from fastpar.ops.ring import redistribute_all
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class Lower(Pass):
                     new = self._lower(program.graph, node, ctx.mesh)
                 node.replace_all_uses_with(new)
                 program.graph.erase_node(node)
+            elif node.target is redistribute_all:
+                node.target = all_to_all  # a ring's step: one message per neighbour, whatever it holds
         program.stage = "lowered"
         program.gm.recompile()
         return program

@@ -16,7 +16,7 @@ from torch import fx
 from fastpar.core.errors import PlanError
 from fastpar.core.mesh import Mesh
 from fastpar.graph.pipeline import Pass, PassContext
-from fastpar.graph.program import Program
+from fastpar.graph.program import Program, module_of
 from fastpar.sharding.candidates import Candidate, find, is_attention
 from fastpar.sharding.insert import Inserter, Sharded, balance
 
@@ -39,10 +39,9 @@ class Shard(Pass):
             raise PlanError(f"shard: axis {unknown[0]!r} is not on the mesh, which has {list(mesh.names)}")
         candidates = find(program.graph)
         best = self._best(program.graph, mesh, axes, candidates, ctx)
-        gm = fx.GraphModule(program.gm, best.graph, class_name="Sharded")
+        gm = module_of(program.gm, best.graph, "Sharded")
         out = Program(gm, program.inputs, "sharded", program.name, mesh, program.plan, list(program.notes))
         gm.graph.eliminate_dead_code()
-        gm.meta = dict(program.gm.meta)
         alive = set(gm.graph.nodes)
         gm.meta["fallbacks"] = [f for f in best.fallbacks if f.node in alive]
         if not candidates:

@@ -20,6 +20,7 @@ from fastpar.core.mesh import Mesh
 from fastpar.graph.program import Program
 from fastpar.ops.collectives import all_gather, all_reduce, all_to_all, exchange_across, local
 from fastpar.ops.redistribute import across, redistribute
+from fastpar.ops.ring import redistribute_all
 from fastpar.rules.localise import Localiser
 from fastpar.sharding.candidates import is_attention
 
@@ -83,6 +84,14 @@ def _redistribute(node: fx.Node, env: dict[fx.Node, list[Any]], mesh: Mesh) -> l
     return list(across(env[node.args[0]], src, dst, mesh))  # type: ignore[index]
 
 
+def _redistribute_all(node: fx.Node, env: dict[fx.Node, list[Any]], mesh: Mesh) -> list[Any]:
+    moved = [
+        across(env[x], Layout.parse(src), Layout.parse(dst), mesh)
+        for x, src, dst in zip(*node.args, strict=True)  # type: ignore[arg-type]
+    ]
+    return [[value[r] for value in moved] for r in range(mesh.ranks)]
+
+
 def _exchange(node: fx.Node, env: dict[fx.Node, list[Any]], mesh: Mesh) -> list[Any]:
     if node.target is all_to_all:
         srcs, dsts = ([Layout.parse(str(t)) for t in a] for a in node.args[1:3])  # type: ignore[union-attr]
@@ -109,6 +118,7 @@ def reduce_terms(terms: Sequence[torch.Tensor], op: str) -> torch.Tensor:
 
 _MEANING: dict[Any, Callable[..., list[Any]]] = {
     redistribute: _redistribute,
+    redistribute_all: _redistribute_all,
     local: _exchange,
     all_to_all: _exchange,
     all_gather: _exchange,

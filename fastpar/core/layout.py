@@ -267,11 +267,12 @@ class Layout:
         used: list[str] = [x for p in self.partial for x in p.axes]
         for dim in self.dims:
             for atom in dim.atoms:
-                used += sorted(atom.axes)
+                # windows say what a rank sees, not what it owns: a mask's own rows times its current keys
+                used += sorted({x for seg in atom.segs if not seg.offsets for x in seg.axes})
                 for seg in atom.segs:
                     if seg.axes and len(seg.parts) != mesh.size(seg.axes):
                         raise ValueError(f"{seg} has {len(seg.parts)} parts on mesh {mesh}")
-        unknown = [a for a in used if a not in mesh.names]
+        unknown = [a for a in self.axes if a not in mesh.names]
         if unknown:
             raise ValueError(f"layout {self} names axes {unknown}; mesh {mesh} has {list(mesh.names)}")
         if len(set(used)) != len(used):

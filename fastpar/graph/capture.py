@@ -32,7 +32,7 @@ from fastpar.core.errors import CaptureError
 from fastpar.graph.decompose import TABLE
 from fastpar.graph.normalise import keep_whole
 from fastpar.graph.program import Input, Kind, Program, copy_module
-from fastpar.graph.scalars import floats_as_tensors
+from fastpar.graph.scalars import floats_as_tensors, scalar_tensors_stay
 from fastpar.graph.tidy import tidy
 
 Runner = Callable[[list[Any]], Sequence[Any]]
@@ -94,7 +94,8 @@ def compile_fx(gm: fx.GraphModule, example_inputs: Sequence[Any], finish: Finish
         keep_inference_input_mutations=False,
     )
     try:
-        return compiler(gm, example_inputs)
+        with scalar_tensors_stay(gm):
+            return compiler(gm, example_inputs)
     except exceptions_allowed_to_be_fallback as error:
         # Dynamo would take these as a wish to run this graph eagerly, and say so only in its log.
         raise CaptureError(f"this graph cannot be traced without values of its tensors: {error}") from error

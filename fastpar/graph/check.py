@@ -19,9 +19,10 @@ from fastpar.core.mesh import Mesh
 from fastpar.graph.program import Program, source_line, target_name
 from fastpar.ops.collectives import all_gather, all_reduce, all_to_all, local
 from fastpar.ops.redistribute import redistribute
+from fastpar.ops.ring import redistribute_all
 from fastpar.rules import Call, rule_for
 
-_ABSTRACT = {redistribute}
+_ABSTRACT = {redistribute, redistribute_all}
 _CONCRETE = {local, all_gather, all_reduce, all_to_all}
 
 
@@ -75,7 +76,11 @@ def _node(node: fx.Node, stage: str, mesh: Mesh) -> None:
     if node.target in _ABSTRACT:
         if stage != "sharded":
             _fail(node, f"is abstract, in a program that is {stage}")
-        _change(node, str(node.args[1]), str(node.args[2]), node.args[0], layout)
+        if node.target is redistribute_all:
+            for x, src, dst, out in zip(*node.args, layout, strict=True):  # type: ignore[arg-type]
+                _change(node, src, dst, x, out)
+        else:
+            _change(node, str(node.args[1]), str(node.args[2]), node.args[0], layout)
     elif node.target in _CONCRETE:
         if stage == "sharded":
             _fail(node, "is concrete, in a program that is sharded")

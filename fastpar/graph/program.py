@@ -111,11 +111,16 @@ def copy_module(gm: fx.GraphModule) -> fx.GraphModule:
         # Dynamo and AOT look for the origin of an input on the node itself, not in its meta.
         if hasattr(before, "_dynamo_source"):
             after._dynamo_source = before._dynamo_source
+    return module_of(gm, graph, "Program")
+
+
+def module_of(gm: fx.GraphModule, graph: fx.Graph, name: str) -> fx.GraphModule:
+    """``graph`` over the tensors and submodules of ``gm``, as a GraphModule of its own."""
     # Lazy: Python code for thousands of nodes is only generated if the module is called or printed.
     with _use_lazy_graph_module(True):
-        copied = _make_graph_module(gm, graph, class_name="Program")
-    copied.meta = dict(gm.meta)
-    return copied
+        made = _make_graph_module(gm, graph, class_name=name)
+    made.meta = dict(gm.meta)
+    return made
 
 
 def target_name(target: Any) -> str:

@@ -12,11 +12,16 @@ branch, and one that its caller marked static; such models compile for each valu
 
 from __future__ import annotations
 
+import contextlib
 import operator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.fx as fx
+from torch._dynamo.symbolic_convert import TensorifyState
+from torch._guards import TracingContext
+from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 _ARITHMETIC = {operator.add, operator.sub, operator.mul, operator.truediv, operator.neg}
 _TENSOR = {torch.tensor, torch._refs.tensor}
@@ -95,3 +100,31 @@ def _nested(graph: fx.Graph, data: Any, lifted: dict[fx.Node, fx.Node], options:
     if any(part is None for part in parts):
         return None
     return graph.call_function(torch.stack, (parts,))
+
+
+@contextlib.contextmanager
+def scalar_tensors_stay(gm: fx.GraphModule) -> Iterator[None]:
+    """While AOT runs on ``gm``: 0-d float64 CPU tensors that are no Python floats are left alone.
+
+    torch gives each of them a symbol for its ``item()``, and AOT, finding that nothing uses it, takes
+    it for a float that must be fixed: Dynamo then traces everything again, and on the way loses writes
+    to such a tensor (``buffer.add_(1)`` has no effect with aot_eager and inductor in torch 2.13).
+    """
+    mode = TracingContext.get().fake_mode
+    env = mode.shape_env if mode is not None else None
+    if env is None:
+        yield
+        return
+    used: set[Any] = set()
+    for node in gm.graph.nodes:
+        value = node.meta.get("example_value")
+        if isinstance(value, torch.SymFloat):
+            used |= value.node.expr.free_symbols
+    known = env.backed_var_to_val if hasattr(env, "backed_var_to_val") else env.var_to_val
+    names = {str(s) for s in known if symbol_is_type(s, SymT.FLOAT) and s not in used}
+    names -= TensorifyState.force_specializations
+    TensorifyState.force_specializations |= names  # "already fixed": no reason to start again
+    try:
+        yield
+    finally:
+        TensorifyState.force_specializations -= names

@@ -11,10 +11,9 @@ from fastpar.core.mesh import Mesh
 from fastpar.core.plan import Plan
 from fastpar.sharding.candidates import is_attention
 
-IMPLEMENTED = ("ulysses", "gather", "auto")
+IMPLEMENTED = ("ulysses", "ring", "gather", "auto")
 """Plan terms that the compiler runs today; others are a clear error."""
 
-_ATTENTION = {"ulysses": "attention-ulysses", "gather": "attention-gather"}
 
 
 def pipeline_text(plan: Plan) -> str:
@@ -25,7 +24,13 @@ def pipeline_text(plan: Plan) -> str:
             f"plan {str(plan)!r}: {', '.join(missing)} is not implemented yet; "
             f"implemented are {', '.join(IMPLEMENTED)}"
         )
-    steps = ["shard"] + [_ATTENTION[name] for name, _ in plan.axes if name in _ATTENTION]
+    steps = ["shard"]
+    if plan.gather:
+        steps.append("attention-gather")
+    if plan.ulysses:  # inside a ring, heads take their own axis and leave the ring's to the keys
+        steps.append("attention-ulysses{axes=ulysses}" if plan.ring else "attention-ulysses")
+    if plan.ring:
+        steps.append("attention-ring")
     return ",".join([*steps, "cancel", "lower"])
 
 

@@ -7,6 +7,9 @@ section 3; USP, table 1), elements that leave a rank:
   ``(2 S + 2 T) B H D (N-1) / N^2``
 * gather: each rank's K and V rows go to N-1 others: ``2 T B H D (N-1) / N``
 
+* ring, R ranks: K and V make R-1 steps: ``2 T B H D (R-1) / R``
+* USP, U x R: Ulysses within U, then the ring with 1/U of the heads
+
 plus the outputs, whose N-1 foreign shares every rank receives: ``numel (N-1) / N``.
 Where N does not divide the rows, the busiest rank sends more than the mean that the forms
 give. Halos of convolutions and sums over ranks are not part of them.
@@ -24,13 +27,15 @@ from fastpar.core.layout import Layout
 from fastpar.core.mesh import Mesh
 from fastpar.core.plan import Plan
 from fastpar.graph.program import Program
-from fastpar.sharding.candidates import is_attention
+from fastpar.ops.ring import attention_lse
 
 TEXT = {
     "ulysses": "sum over attentions of (2S + 2T) B H D (N-1)/N^2, plus outputs (N-1)/N",
     "gather": "sum over attentions of 2T B H D (N-1)/N, plus outputs (N-1)/N",
-    "rectangle": "sum over attentions of B H D ((2S(N-r) + 2T(N-r))/N^2 with r ranks per head group, "
-    "K and V gathered over them), plus outputs (N-1)/N",
+    "ring": "sum over attentions of 2T B H D (R-1)/R, plus outputs (N-1)/N",
+    "usp": "sum over attentions of B H D ((2S (U-1)/(U N) + 2T (U-1)/(U N) + 2T (R-1)/(R U)), plus outputs (N-1)/N",
+    "rectangle": "sum over attentions of B H D (2S (u-1)/(u N) + 2T (u w - 1)/(R u^2 w) + 2T (R-1)/(R u)), u shares "
+    "of heads and w of rows per step of the ring, plus outputs (N-1)/N",
 }
 
 
@@ -49,15 +54,24 @@ def volume(sharded: Program, plan: Plan, mesh: Mesh) -> Volume:
     for node in sharded.graph.nodes:
         if n == 1:
             break
-        if is_attention(node) and node.meta.get("split_keys"):
+        if node.meta.get("split_keys") and node.target in (torch.ops.fastpar.attention.default, attention_lse):
             total += _attention(node, plan, mesh)
     for node in set(sharded.graph.output_node().all_input_nodes):
         if n > 1 and node.meta.get("why") == "output" or _from_output(node):
             value = node.meta["val"]
             if isinstance(value, torch.Tensor):
                 total += value.numel() * value.element_size() * (n - 1) / n
-    name = "gather" if plan.gather else "ulysses" if len(mesh.axes) <= 1 else "rectangle"
-    return Volume(math.ceil(total), TEXT[name])
+    return Volume(math.ceil(total), TEXT[_form(plan, mesh)])
+
+
+def _form(plan: Plan, mesh: Mesh) -> str:
+    if plan.gather:
+        return "gather"
+    if any(name.startswith("ulysses") and name != "ulysses" for name in mesh.names):
+        return "rectangle"
+    if plan.ring:
+        return "usp" if plan.ulysses else "ring"
+    return "ulysses"
 
 
 def _from_output(node: fx.Node) -> bool:
@@ -81,15 +95,15 @@ def _attention(node: fx.Node, plan: Plan, mesh: Mesh) -> float:
     q, k = (a.meta["val"] for a in node.args[:2])  # type: ignore[union-attr]
     size = q.element_size()
     n = mesh.ranks
-    keys = 2 * k.numel() / n  # K and V rows of one rank
     if plan.gather:
-        return keys * (n - 1) * size
-    rows = 2 * q.numel() / n  # Q and O rows of one rank
-    # r ranks share one group of heads: they split its query rows, and each needs all its keys
-    layout: Layout = node.meta["layout"]
+        return 2 * k.numel() * (n - 1) / n * size
+    # a rank works on 1/u of the heads; w ranks share those heads and the rows of one step of the ring
+    layout: Layout = node.args[0].meta["layout"]  # type: ignore[union-attr]
     spent = layout.dims[-3].axes if len(layout.dims) > 2 else frozenset()
-    groups = mesh.size(mesh.ordered(spent)) if spent else 1
-    own = 1 / groups  # share of the heads that a rank works on
-    received_rows = rows * own * (groups - 1)
-    received_keys = 2 * k.numel() * own * (n - 1) / n
-    return (received_rows + received_keys) * size
+    u = mesh.size(mesh.ordered(spent)) if spent else 1
+    r = plan.ring or 1
+    w = n // (u * r)
+    rows = 2 * q.numel() / n * (u - 1) / u
+    keys = 2 * k.numel() / (r * u) * (u * w - 1) / (u * w)
+    ring = 2 * k.numel() / (r * u) * (r - 1)
+    return (rows + keys + ring) * size

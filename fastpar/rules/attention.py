@@ -10,6 +10,7 @@ from __future__ import annotations
 from fastpar.core.layout import Dim, Layout, even_parts
 from fastpar.core.mesh import Mesh
 from fastpar.core.regroup import disjoint
+from fastpar.rules.factor import FactorRule, Factors
 from fastpar.rules.table import Call, Decision, Gather, Pos, Rule, register
 
 _WIDTH = "every score sums over the whole width"
@@ -91,6 +92,21 @@ class AttentionRule(Rule):
         return [(i, pos) for i in range(3) if call.shapes[i][pos.dim] == call.shape[pos.dim]]
 
 
+class BlockRule(Rule):
+    """attention_lse(q, k, v, mask?, scale, gqa) -> (out, lse [*lead, S]): keys are the block at hand."""
+
+    def decide(self, call: Call, layouts: tuple[Layout, ...], mesh: Mesh) -> Decision:
+        q = layouts[0]
+        return Decision(layouts, (q.with_dim(len(q.dims) - 1, Dim.whole(call.shape[-1])), Layout(q.dims[:-1])))
+
+
+def _merge(call: Call) -> Factors:
+    """merge(out, lse, block, block_lse) -> (out, lse)"""
+    rows = tuple(f"d{i}" for i in range(len(call.shapes[1])))
+    names = ((*rows, "e"), rows)
+    return Factors((*names, *names), names)
+
+
 def kv_head_dim(dim: Dim, size: int) -> Dim:
     """Layout of a leading dimension of k or v that goes with ``dim`` of q (grouped or broadcast heads)."""
     if dim.is_whole or size == 1:
@@ -113,3 +129,5 @@ def mask_layout(shape: tuple[int, ...], heads: list[Dim] | tuple[Dim, ...], rows
 
 
 register("fastpar::attention", AttentionRule())
+register("fastpar::attention_lse", BlockRule())
+register("fastpar::merge", FactorRule(_merge))

@@ -1,0 +1,47 @@
+"""What the documentation shows is what happens: its Python runs, its output is compared, its links lead somewhere.
+
+Blocks of one page run in order, in one namespace. A block with prompts is a doctest; one without is
+executed. ```` ```py ```` marks Python that is not run (it needs a launcher, or is a sketch).
+"""
+
+from __future__ import annotations
+
+import doctest
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+_BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_LINK = re.compile(r"\]\((?!https?://)([^)#]+)(?:#[^)]*)?\)")
+
+
+def blocks(page: Path) -> list[tuple[int, str]]:
+    """Python to run: the line where each block begins, and its text."""
+    text = page.read_text()
+    return [
+        (text.count("\n", 0, m.start()) + 1, m[2]) for m in _BLOCK.finditer(text) if m[1] == "python"
+    ]
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=lambda p: p.name)
+def test_the_python_of_a_page_runs_and_prints_what_it_says(page: Path) -> None:
+    namespace: dict[str, object] = {"__name__": "docs"}
+    parser, runner = doctest.DocTestParser(), doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
+    said: list[str] = []
+    for line, text in blocks(page):
+        if ">>>" not in text:
+            exec(compile(text, f"{page.name}:{line}", "exec"), namespace)
+            continue
+        test = parser.get_doctest(text, namespace, page.name, str(page), line)
+        runner.run(test, out=said.append, clear_globs=False)
+        namespace = test.globs
+    assert not runner.summarize(verbose=False).failed, "".join(said)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_between_pages_lead_somewhere(page: Path) -> None:
+    missing = [link for link in _LINK.findall(page.read_text()) if not (page.parent / link).exists()]
+    assert not missing

@@ -1,0 +1,112 @@
+"""Ring and USP: blocks that show a row no key, empty blocks, the order of starts and waits."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastpar
+from fastpar.ops.ring import attention_lse, merge
+from fastpar.run.build import build
+
+torch.set_num_threads(1)
+
+
+class Masked(torch.nn.Module):
+    """One self-attention over tokens with a mask, between products."""
+
+    def __init__(self, heads: int = 2) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = torch.nn.Linear(12, 36)
+        self.out = torch.nn.Linear(12, 12)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.out(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
+
+
+def masks(b: int, h: int, s: int) -> dict[str, torch.Tensor]:
+    """Masks of every broadcast shape; the first third of the keys is hidden from some rows, or from all."""
+    torch.manual_seed(1)
+    hidden = torch.ones(s, s, dtype=torch.bool)
+    hidden[: s // 2, : s // 3] = False
+    nobody = torch.ones(s, s, dtype=torch.bool)
+    nobody[:, : s // 3] = False
+    blind = torch.ones(b, 1, s, s, dtype=torch.bool)
+    blind[:, :, 1] = False  # a row that sees no key at all
+    return {
+        "keys": torch.rand(1, s) > 0.3,
+        "rows_keys": hidden,
+        "block_hidden_from_all": nobody,
+        "batch_keys": torch.rand(b, 1, 1, s) > 0.3,
+        "batch_rows_keys": torch.rand(b, 1, s, s) > 0.3,
+        "heads": torch.randn(1, h, 1, s, dtype=torch.float64),
+        "full_additive": torch.randn(b, h, s, s).double().masked_fill(torch.rand(b, h, s, s) < 0.3, -math.inf),
+        "blind_row": blind,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(masks(1, 1, 6)))
+def test_masks_travel_with_rows_and_keys(name: str) -> None:
+    torch.manual_seed(0)
+    model = Masked().double().eval()
+    x, mask = torch.randn(2, 11, 12, dtype=torch.float64), masks(2, 2, 11)[name]
+    captured = fastpar.capture(model, (x, mask))
+    plans = ("ring=2", "ring=3", "ring=5", "ulysses=2,ring=2", "ulysses=4,ring=2", "ulysses=3", "gather=4", "ring=13")
+    for plan in plans:
+        report = fastpar.verify(captured, plan=plan)
+        assert report.ok, (plan, report.max_rel_err, report.diverged_at)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cut", [0, 1, 4, 9])
+def test_merged_blocks_are_the_whole_attention(dtype: torch.dtype, cut: int) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, n, 8, dtype=dtype) for n in (5, 9, 9))
+    mask = torch.rand(2, 1, 5, 9) > 0.4
+    mask[0, 0, 2] = False  # no key at all
+    mask[1, 0, 3, :4] = False  # none in the first block
+    total = None
+    for a, b in ((0, cut), (cut, 9)):
+        block = attention_lse(q, k[:, :, a:b], v[:, :, a:b], mask[..., a:b])
+        assert block[1].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        total = block if total is None else merge(*total, *block)
+    assert total is not None
+    want = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), attn_mask=mask)
+    want = want.masked_fill(~mask.any(-1, keepdim=True), 0.0)
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    torch.testing.assert_close(total[0].double(), want, atol=tolerance, rtol=tolerance)
+    assert total[1][0, 0, 2] == -math.inf
+
+
+def test_a_block_without_keys_weighs_nothing() -> None:
+    q = torch.randn(1, 1, 3, 4)
+    out, lse = attention_lse(q, q[:, :, :0], q[:, :, :0])
+    assert out.abs().max() == 0 and bool((lse == -math.inf).all())
+    other = attention_lse(q, q, q)
+    merged = merge(out, lse, *other)
+    assert torch.equal(merged[0], other[0])
+    nothing = merge(out, lse, out, lse)
+    assert nothing[0].abs().max() == 0 and bool((nothing[1] == -math.inf).all())
+
+
+def test_the_next_exchange_starts_before_this_block_is_attended() -> None:
+    captured = fastpar.capture(Masked().double().eval(), (torch.randn(1, 10, 12, dtype=torch.float64),))
+    built = build(captured.programs[0].program, "ring=3")
+    names = [str(n.target) for n in built.localise(1).graph.nodes if n.op == "call_function"]
+    steps = [n.split(".")[1] for n in names if "all_to_all" in n or "wait" in n or "attention_lse" in n]
+    assert steps[:7] == ["all_to_all_single", "attention_lse", "wait_tensor", "all_to_all_single", "attention_lse",
+                         "wait_tensor", "attention_lse"]  # fmt: skip
+
+
+def test_one_message_per_step_and_its_bytes() -> None:
+    captured = fastpar.capture(Masked().double().eval(), (torch.randn(1, 12, 12, dtype=torch.float64),))
+    report = fastpar.explain(captured, plan="ring=4")
+    attention = [c for c in report.collectives if c.why == "attention"]
+    assert sum(c.count for c in attention) == 3
+    assert sum(c.bytes for c in attention) == 2 * 12 * 12 * 8 * 3 // 4
+    assert report.bytes_per_rank == report.bytes_formula
