@@ -96,9 +96,11 @@ class _Writer:
             buffer = self._emit(node, pack, ([x], exchange.send_boxes_to(t.me)))
             done = self._emit(node, unpack, (buffer, exchange.shapes, exchange.receive_boxes_from(t.me)))
             return self._emit(node, getitem, (done, 0))
+        if not boxes:  # nothing arrives; but in the result's shape, of which a dimension may even have grown
+            return self._emit(node, torch.ops.aten.new_empty.default, (x, list(t.shape)))
         for d, (have, want) in enumerate(zip(src.local_shape(self.mesh, self.rank), t.shape, strict=True)):
             if have != want:
-                start = boxes[0].src[d] if boxes else 0
+                start = boxes[0].src[d]
                 x = self._emit(node, torch.ops.aten.slice.Tensor, (x, d, start, start + want))
         if x is not self._value(node.args[0]):  # type: ignore[arg-type]
             x = self._emit(node, torch.ops.aten.clone.default, (x,), {"memory_format": torch.contiguous_format})

@@ -16,14 +16,14 @@ from torch import fx
 from fastpar.core.errors import PlanError
 from fastpar.core.mesh import Mesh
 from fastpar.graph.pipeline import Pass, PassContext
-from fastpar.graph.program import Program, module_of
-from fastpar.sharding.candidates import Candidate, find, is_attention
+from fastpar.graph.program import Program
+from fastpar.sharding.candidates import Candidate, Seed, find, find_batch, is_attention
 from fastpar.sharding.insert import Inserter, Sharded, balance
 
 
 @dataclass(frozen=True)
 class Shard(Pass):
-    """Split tokens over ``axes`` (default: all token axes of the mesh)."""
+    """Split tokens over the mesh's token axes, and the batch over ``cfg``."""
 
     name: ClassVar[str] = "shard"
     stage_in: ClassVar[str] = "captured"
@@ -33,15 +33,17 @@ class Shard(Pass):
 
     def apply(self, program: Program, ctx: PassContext) -> Program:
         mesh: Mesh = ctx.mesh
-        axes = self.axes or mesh.names
-        unknown = [a for a in axes if a not in mesh.names]
+        unknown = [a for a in self.axes if a not in mesh.names]
         if unknown:
             raise PlanError(f"shard: axis {unknown[0]!r} is not on the mesh, which has {list(mesh.names)}")
+        tokens = tuple(a for a in self.axes or mesh.names if a != "cfg")
+        batch = self._batch(program.graph) if "cfg" in mesh.names else []
         candidates = find(program.graph)
-        best = self._best(program.graph, mesh, axes, candidates, ctx)
-        gm = module_of(program.gm, best.graph, "Sharded")
+        best = self._best(program.graph, mesh, tokens, candidates, batch, ctx)
+        gm = fx.GraphModule(program.gm, best.graph, class_name="Sharded")
         out = Program(gm, program.inputs, "sharded", program.name, mesh, program.plan, list(program.notes))
         gm.graph.eliminate_dead_code()
+        gm.meta = dict(program.gm.meta)
         alive = set(gm.graph.nodes)
         gm.meta["fallbacks"] = [f for f in best.fallbacks if f.node in alive]
         if not candidates:
@@ -49,18 +51,34 @@ class Shard(Pass):
         gm.recompile()
         return out
 
+    def _batch(self, graph: fx.Graph) -> list[tuple[Seed, tuple[str, ...]]]:
+        candidate = find_batch(graph)
+        if candidate is None:
+            raise PlanError(
+                "cfg=2 splits guidance that runs as a batch, and this graph has a batch of 1: the model is called "
+                "once per branch, which cfg=2 does not split yet; leave the term out, or pass both branches as a batch"
+            )
+        return [(seed, ("cfg",)) for seed in candidate.seeds]
+
     def _best(
-        self, graph: fx.Graph, mesh: Mesh, axes: tuple[str, ...], candidates: list[Candidate], ctx: PassContext
+        self,
+        graph: fx.Graph,
+        mesh: Mesh,
+        tokens: tuple[str, ...],
+        candidates: list[Candidate],
+        batch: list[tuple[Seed, tuple[str, ...]]],
+        ctx: PassContext,
     ) -> Sharded:
-        if not candidates or mesh.size(axes) == 1:
-            return Inserter(graph, mesh, axes, ()).run()
+        if not candidates or mesh.size(tokens) == 1:
+            return Inserter(graph, mesh, batch).run()
         best: tuple[float, Sharded] | None = None
         tried: list[str] = []
         for candidate in candidates:
             units = [1]
             while units:
                 unit = units.pop(0)
-                result = Inserter(graph, mesh, axes, candidate.seeds, unit).run()
+                seeds = [(seed, tokens) for seed in candidate.seeds]
+                result = Inserter(graph, mesh, [*batch, *seeds], unit).run()
                 if unit == 1:
                     units += sorted(result.units)
                 cost = predicted_bytes(result, mesh)

@@ -12,7 +12,8 @@ Sizes favour what is hard to cut: primes, one token, fewer tokens than ranks.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,31 +67,38 @@ class Maker:
         self.tensors: list[torch.Tensor] = list(given or ())
         self._next = iter(given) if given is not None else None
 
-    def _input(self, kind: Kind, value: torch.Tensor) -> torch.Tensor:
+    def _input(self, kind: Kind, make: Callable[[], torch.Tensor]) -> torch.Tensor:
         if self._next is not None:
             return next(self._next)
         self.inputs.append(Input(f"{kind}{len(self.inputs)}", kind))
-        self.tensors.append(value)
-        return value
+        self.tensors.append(make())
+        return self.tensors[-1]
+
+    def _normal(self, shape: tuple[int, ...]) -> torch.Tensor:
+        return torch.randn(shape, generator=self.random, dtype=torch.float64)
 
     def weight(self, *shape: int) -> torch.Tensor:
         """A parameter ``[out, in, ...]``, scaled so that a product keeps the size of values."""
-        fan = max(1, int(torch.Size(shape[1:]).numel())) if len(shape) > 1 else 4
-        return self._input("parameter", torch.randn(shape, generator=self.random, dtype=torch.float64) / fan**0.5)
+        fan = max(1, math.prod(shape[1:])) if len(shape) > 1 else 4
+        return self._input("parameter", lambda: self._normal(shape) / fan**0.5)
 
     def user(self, *shape: int) -> torch.Tensor:
         """What the caller passes: standard normal."""
-        return self._input("user", torch.randn(shape, generator=self.random, dtype=torch.float64))
+        return self._input("user", lambda: self._normal(shape))
 
     def flags(self, *shape: int) -> torch.Tensor:
         """A boolean mask; in the last dimension at least the first is set, so no row is empty."""
-        value = torch.rand(shape, generator=self.random) < 0.7
-        value[..., :1] = True
-        return self._input("user", value)
+
+        def make() -> torch.Tensor:
+            value = torch.rand(shape, generator=self.random) < 0.7
+            value[..., :1] = True
+            return value
+
+        return self._input("user", make)
 
     def index(self, shape: Sequence[int], below: int) -> torch.Tensor:
         """Row numbers."""
-        return self._input("user", torch.randint(0, below, tuple(shape), generator=self.random))
+        return self._input("user", lambda: torch.randint(0, below, tuple(shape), generator=self.random))
 
 
 def run(recipe: Recipe, maker: Maker) -> tuple[torch.Tensor, ...]:

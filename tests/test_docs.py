@@ -12,6 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from fastpar.core.plan import TERMS
+from fastpar.plan.expand import IMPLEMENTED
+from fastpar.registry import PASSES
+from fastpar.rules.table import known
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -45,3 +50,23 @@ def test_the_python_of_a_page_runs_and_prints_what_it_says(page: Path) -> None:
 def test_links_between_pages_lead_somewhere(page: Path) -> None:
     missing = [link for link in _LINK.findall(page.read_text()) if not (page.parent / link).exists()]
     assert not missing
+
+
+def test_the_readme_says_of_every_plan_term_whether_it_is_implemented() -> None:
+    rows = re.findall(r"^\| (`[^|]*) \|.*\| (yes|not yet) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    said = {name: today == "yes" for terms, today in rows for name in re.findall(r"`(\w+)", terms)}
+    assert said == {name: name in IMPLEMENTED for name in TERMS}
+
+
+def test_the_table_of_passes_has_every_pass() -> None:
+    text = (ROOT / "docs" / "pipeline.md").read_text().partition("## The passes")[2].partition("\n## ")[0]
+    assert set(re.findall(r"^\| `([\w-]+)", text, re.MULTILINE)) == set(PASSES)
+
+
+def test_the_table_of_rules_names_operators_that_have_one() -> None:
+    table = [line for line in (ROOT / "docs" / "rules.md").read_text().splitlines() if line.startswith("| `")]
+    names = {name for line in table for name in re.findall(r"`((?:aten|fastpar)::\w+)`", line)}
+    assert len(names) > 20 and [name for name in sorted(names) if not known(name)] == []
+    files = {re.findall(r"`(\w+)\.py`", line)[0] for line in table if ".py`" in line}
+    rules = {p.stem for p in (ROOT / "fastpar" / "rules").glob("*.py")} - {"__init__", "table", "factor", "localise"}
+    assert files == rules

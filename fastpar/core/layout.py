@@ -153,6 +153,11 @@ class Dim:
             return Dim.whole(size)
         return Dim.of([Atom((Seg(size, axes, tuple(parts)),))])
 
+    @staticmethod
+    def even(size: int, axes: tuple[str, ...], mesh: Mesh, unit: int = 1) -> Dim:
+        """One segment split over ``axes`` as evenly as multiples of ``unit`` allow."""
+        return Dim.split(size, axes, even_parts(size, mesh.size(axes), unit))
+
     @cached_property
     def size(self) -> int:
         return math.prod(a.size for a in self.atoms)

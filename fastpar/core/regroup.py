@@ -76,10 +76,11 @@ def regroup(dims: Sequence[Dim], shape: Sequence[int]) -> tuple[Dim, ...] | Misf
         if have != size:
             blocked = next((i for i, d in enumerate(dims) if not d.is_whole), 0)
             return Misfit(blocked, 0)
-        # a split atom of one row has no size to place it by: it stays at its own position where
-        # that dimension still has one row, and goes with its left neighbour otherwise
+        # a split atom of one row has no size to place it by: it goes to the next dimension where only that one
+        # has one row (one token, batch before it), stays at its own position where that still has one row,
+        # and goes with its left neighbour otherwise
         last = position + 1 == len(shape) or shape[position + 1] != 1
-        while queue and queue[-1][0].size == 1 and (last or position >= queue[-1][1]):
+        while queue and queue[-1][0].size == 1 and (last or (size == 1 and position >= queue[-1][1])):
             taken.append(queue.pop()[0])
         out.append(Dim.of(taken))
     return tuple(out)

@@ -151,7 +151,6 @@ def _on_module(source: Any) -> bool:
 
 
 _CONTAINERS = {"_modules", "_parameters", "_buffers", "__dict__", "__closure__", "cell_contents"}
-_VARIADIC = {"args", "kwargs"}
 
 
 def _plain_name(text: str, on_module: bool) -> str:
@@ -160,7 +159,7 @@ def _plain_name(text: str, on_module: bool) -> str:
     parts = [part for part in parts if part and part not in _CONTAINERS]
     if parts and parts[0] in ("L", "G"):
         parts = parts[1:]
-    if len(parts) > 1 and (on_module or parts[0] in _VARIADIC):  # the variable that holds the model
+    if len(parts) > 1 and (on_module or parts[0] == "kwargs"):  # the variable that holds the model
         parts = parts[1:]
     return ".".join(parts)
 

@@ -19,8 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpar.ops.resample import resample
-
 aten = torch.ops.aten
 Table = dict[torch._ops.OpOverload, Callable[..., Any]]
 
@@ -396,29 +394,3 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
 @_entry(torch.ops.prims.convert_element_type.default)
 def _convert(x: Tensor, dtype: torch.dtype) -> Tensor:
     return aten._to_copy.default(x, dtype=dtype)
-
-
-# Resampling that did not come through F.interpolate. Overloads without `vec` carry the output size
-# and, apart from it, the scales; a scale that is not the ratio of the sizes has no counterpart.
-
-
-def _upsample(mode: str, rank: int, corners: bool, antialias: bool = False) -> Callable[..., Tensor]:
-    def replace(x: Tensor, size: Sequence[int], *rest: Any) -> Tensor:
-        align = bool(rest[0]) if corners else None
-        scales = rest[1:] if corners else rest
-        for n_in, n_out, scale in zip(x.shape[2:], size, scales, strict=False):
-            if scale is not None and scale * n_in != n_out:
-                return NotImplemented
-        return resample(x, list(size), None, mode, align, antialias)
-
-    return replace
-
-
-for _rank, _linear in ((1, "linear1d"), (2, "bilinear2d"), (3, "trilinear3d")):
-    TABLE[getattr(aten, f"upsample_nearest{_rank}d").default] = _upsample("nearest", _rank, False)
-    _exact = getattr(aten, f"_upsample_nearest_exact{_rank}d")
-    TABLE[_exact.default] = _upsample("nearest-exact", _rank, False)
-    TABLE[getattr(aten, f"upsample_{_linear}").default] = _upsample(_linear[:-2], _rank, True)
-TABLE[aten.upsample_bicubic2d.default] = _upsample("bicubic", 2, True)
-TABLE[aten._upsample_bilinear2d_aa.default] = _upsample("bilinear", 2, True, antialias=True)
-TABLE[aten._upsample_bicubic2d_aa.default] = _upsample("bicubic", 2, True, antialias=True)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from fastpar.core.errors import CaptureError
 from fastpar.graph.program import source_line
 from fastpar.ops.attention import AttentionCall, attention, attention_adapter
-from fastpar.ops.resample import from_interpolate, resample
+from fastpar.ops.resample import UPSAMPLE_OPS, from_interpolate, from_upsample, resample
 
 aten = torch.ops.aten
 
@@ -33,7 +33,7 @@ def keep_whole(gm: fx.GraphModule) -> None:
             continue
         for node in list(module.graph.nodes):
             if node.op == "call_function" and not replace_attention(node, _example_rank):
-                _replace_interpolate(node)
+                _replace_resampling(node)
         module.recompile()
 
 
@@ -103,19 +103,27 @@ def _emit(node: fx.Node, call: AttentionCall) -> fx.Node:
     return new
 
 
-def _replace_interpolate(node: fx.Node) -> bool:
-    if node.target is not F.interpolate:
-        return False
-    x = node.args[0] if node.args else node.kwargs["input"]
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n if n is x else _number(n))
-    kwargs = {("x" if key == "input" else key): value for key, value in kwargs.items()}
-    spatial = _example_rank(x) - 2
+def _replace_resampling(node: fx.Node) -> None:
+    new_args: tuple[Any, ...] | None
+    if node.target is F.interpolate:
+        x = node.args[0] if node.args else node.kwargs["input"]
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n if n is x else _number(n))
+        kwargs = {("x" if key == "input" else key): value for key, value in kwargs.items()}
+        new_args = from_interpolate(*args, **kwargs, spatial=_example_rank(x) - 2)
+    else:
+        name = getattr(node.target, "_opname", getattr(node.target, "__name__", ""))
+        if name not in UPSAMPLE_OPS or node.kwargs:
+            return
+        x = node.args[0]
+        args = fx.node.map_arg(node.args, lambda n: n if n is x else _number(n))
+        new_args = from_upsample(name, _example(x).shape, *args)
+    if new_args is None:
+        return
     with node.graph.inserting_before(node):
-        new = node.graph.call_function(resample, from_interpolate(*args, **kwargs, spatial=spatial))
+        new = node.graph.call_function(resample, new_args)
     new.meta = dict(node.meta)
     node.replace_all_uses_with(new)
     node.graph.erase_node(node)
-    return True
 
 
 def _number(node: fx.Node) -> Any:

@@ -21,6 +21,10 @@ aten = torch.ops.aten
 
 _LOW = (torch.float32, torch.float16, torch.bfloat16)
 _LOW_COMPLEX = (torch.complex64, torch.complex32)
+# Operands of kernels for narrow dtypes that are floats all the same: the dtype they take (None: the result's).
+_NARROW: dict[Any, dict[str, torch.dtype | None]] = {
+    aten._scaled_mm.default: {"scale_a": torch.float32, "scale_b": torch.float32, "bias": None},
+}
 _BITS = {aten.view.dtype}  # reads the bits of one dtype as another: promoting would change the meaning
 
 
@@ -65,16 +69,23 @@ class _Promotion:
         self.gm, self.dtype, self.table = gm, dtype, _table(dtype)
         self.casts = self.others = 0
         self.notes: list[str] = []
+        self.was: dict[fx.Node, torch.dtype] = {}  # of what was promoted
         self.mode = next((v.fake_mode for n in gm.graph.nodes if isinstance(v := n.meta.get("val"), FakeTensor)), None)
 
     def run(self) -> None:
         for node in list(self.gm.graph.nodes):
             if node.op == "get_attr":
                 self._constant(node)
+            elif node.op == "call_function" and node.target in _NARROW:
+                self._narrow(node)
+                continue
             elif node.op == "call_function":
                 self._call(node)
             if "val" in node.meta:
-                node.meta["val"] = self._value(node.meta["val"])
+                value = node.meta["val"]
+                node.meta["val"] = self._value(value)
+                if isinstance(value, torch.Tensor) and value.dtype in self.table:
+                    self.was[node] = value.dtype
             node.meta.pop("tensor_meta", None)
 
     def _value(self, value: Any) -> Any:
@@ -109,6 +120,10 @@ class _Promotion:
 
     def _call(self, node: fx.Node) -> None:
         if node.target in _BITS:
+            source = node.args[0]
+            if source in self.was:
+                with node.graph.inserting_before(node):
+                    self._cast(source, self.was[source], node)
             self.notes.append(f"not promoted: {node.target} at {source_line(node)} reads the bits of its input")
             return
         before = (node.args, node.kwargs)
@@ -121,6 +136,32 @@ class _Promotion:
             node.args = (*node.args[:2], False)  # half_to_float: the input is no half any more
         if self._floats(node.meta.get("val")) and not any(self._float_input(n) for n in node.all_input_nodes):
             self._from_integers(node)
+
+    def _narrow(self, node: fx.Node) -> None:
+        """A kernel that knows no wide floats keeps its dtypes, between casts."""
+        for name, dtype in _NARROW[node.target].items():
+            position = [a.name for a in node.target._schema.arguments].index(name)  # type: ignore[union-attr]
+            source = node.args[position] if position < len(node.args) else node.kwargs.get(name)
+            if isinstance(source, fx.Node) and source.meta["val"].dtype == self.dtype:
+                with node.graph.inserting_before(node):
+                    self._cast(source, dtype or node.meta["val"].dtype, node)
+        if node.meta["val"].dtype in self.table:
+            users = list(node.users)
+            with node.graph.inserting_after(node):
+                wide = self._cast(node, self.dtype, None)
+            for user in users:
+                user.replace_input_with(node, wide)
+        self.notes.append(f"not promoted: {node.target} at {source_line(node)} has narrow kernels only")
+
+    def _cast(self, source: fx.Node, dtype: torch.dtype, user: fx.Node | None) -> fx.Node:
+        cast = source.graph.call_function(aten._to_copy.default, (source,), {"dtype": dtype})
+        value = source.meta["val"]
+        with value.fake_mode if isinstance(value, FakeTensor) else self.mode or FakeTensorMode():
+            cast.meta["val"] = torch.empty_strided(value.shape, value.stride(), dtype=dtype, device=value.device)
+        cast.meta["stack_trace"] = source.meta.get("stack_trace", "")
+        if user is not None:
+            user.replace_input_with(source, cast)
+        return cast
 
     def _floats(self, value: Any) -> bool:
         values = value if isinstance(value, (list, tuple)) else [value]
@@ -142,17 +183,9 @@ class _Promotion:
             node.kwargs = {**node.kwargs, "dtype": self.table[node.meta["val"].dtype]}  # the default dtype
             self.others += 1
             return
-        graph = node.graph
         for source in tensors:
-            with graph.inserting_before(node):
-                cast = graph.call_function(aten._to_copy.default, (source,), {"dtype": self.dtype})
-            value = source.meta["val"]
-            with value.fake_mode if isinstance(value, FakeTensor) else self.mode or FakeTensorMode():
-                cast.meta["val"] = torch.empty_strided(
-                    value.shape, value.stride(), dtype=self.dtype, device=value.device
-                )
-            cast.meta["stack_trace"] = node.meta.get("stack_trace", "")
-            node.replace_input_with(source, cast)
+            with node.graph.inserting_before(node):
+                self._cast(source, self.dtype, node)
         self.others += 1
 
 

@@ -80,6 +80,37 @@ torch.library.register_fake("fastpar::resample", _resample_fake, lib=_LIB)
 resample = torch.ops.fastpar.resample.default
 
 
+UPSAMPLE_OPS: dict[str, tuple[str, bool]] = {
+    **{f"upsample_nearest{n}d": ("nearest", False) for n in (1, 2, 3)},
+    **{f"_upsample_nearest_exact{n}d": ("nearest-exact", False) for n in (1, 2, 3)},
+    "upsample_linear1d": ("linear", True),
+    "upsample_bilinear2d": ("bilinear", True),
+    "upsample_bicubic2d": ("bicubic", True),
+    "upsample_trilinear3d": ("trilinear", True),
+    "_upsample_bilinear2d_aa": ("bilinear", True),
+    "_upsample_bicubic2d_aa": ("bicubic", True),
+}
+"""Operators under ``F.interpolate``: name -> mode, and whether it has ``align_corners``."""
+
+
+def from_upsample(name: str, shape: Sequence[int], x: Any, size: Any, *rest: Any) -> tuple[Any, ...] | None:
+    """Arguments of ``resample`` for a positional call of one of ``UPSAMPLE_OPS`` on ``shape``.
+
+    None where there is no counterpart: a size together with scales that are not the ratio of the sizes.
+    """
+    mode, corners = UPSAMPLE_OPS[name]
+    align = bool(rest[0]) if corners else None
+    scales = list(rest[1:] if corners else rest)
+    if len(scales) == 1 and isinstance(scales[0], (list, tuple)):
+        scales = list(scales[0])
+    scales = [s for s in scales if s is not None]
+    if size is None:
+        return x, None, scales, mode, align, name.endswith("_aa")
+    if scales and [n * s for n, s in zip(shape[2:], scales, strict=True)] != list(size):
+        return None
+    return x, list(size), None, mode, align, name.endswith("_aa")
+
+
 def from_interpolate(
     x: Any,
     size: Any = None,

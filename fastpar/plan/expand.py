@@ -11,7 +11,7 @@ from fastpar.core.mesh import Mesh
 from fastpar.core.plan import Plan
 from fastpar.sharding.candidates import is_attention
 
-IMPLEMENTED = ("ulysses", "ring", "gather", "auto")
+IMPLEMENTED = ("ulysses", "ring", "gather", "cfg", "auto")
 """Plan terms that the compiler runs today; others are a clear error."""
 
 

@@ -32,6 +32,7 @@ from fastpar.ops.ring import attention_lse
 TEXT = {
     "ulysses": "sum over attentions of (2S + 2T) B H D (N-1)/N^2, plus outputs (N-1)/N",
     "gather": "sum over attentions of 2T B H D (N-1)/N, plus outputs (N-1)/N",
+    "cfg": "outputs (N-1)/N",
     "ring": "sum over attentions of 2T B H D (R-1)/R, plus outputs (N-1)/N",
     "usp": "sum over attentions of B H D ((2S (U-1)/(U N) + 2T (U-1)/(U N) + 2T (R-1)/(R U)), plus outputs (N-1)/N",
     "rectangle": "sum over attentions of B H D (2S (u-1)/(u N) + 2T (u w - 1)/(R u^2 w) + 2T (R-1)/(R u)), u shares "
@@ -69,6 +70,8 @@ def _form(plan: Plan, mesh: Mesh) -> str:
         return "gather"
     if any(name.startswith("ulysses") and name != "ulysses" for name in mesh.names):
         return "rectangle"
+    if plan.cfg and not plan.ulysses and not plan.ring:
+        return "cfg"
     if plan.ring:
         return "usp" if plan.ulysses else "ring"
     return "ulysses"
@@ -94,16 +97,18 @@ def _from_output(node: fx.Node) -> bool:
 def _attention(node: fx.Node, plan: Plan, mesh: Mesh) -> float:
     q, k = (a.meta["val"] for a in node.args[:2])  # type: ignore[union-attr]
     size = q.element_size()
-    n = mesh.ranks
+    c = plan.cfg or 1  # each half of the batch is attended by its own ranks
+    n = mesh.ranks // c
+    qs, ks = q.numel() / c, k.numel() / c
     if plan.gather:
-        return 2 * k.numel() * (n - 1) / n * size
+        return 2 * ks * (n - 1) / n * size
     # a rank works on 1/u of the heads; w ranks share those heads and the rows of one step of the ring
     layout: Layout = node.args[0].meta["layout"]  # type: ignore[union-attr]
     spent = layout.dims[-3].axes if len(layout.dims) > 2 else frozenset()
     u = mesh.size(mesh.ordered(spent)) if spent else 1
     r = plan.ring or 1
     w = n // (u * r)
-    rows = 2 * q.numel() / n * (u - 1) / u
-    keys = 2 * k.numel() / (r * u) * (u * w - 1) / (u * w)
-    ring = 2 * k.numel() / (r * u) * (r - 1)
+    rows = 2 * qs / n * (u - 1) / u
+    keys = 2 * ks / (r * u) * (u * w - 1) / (u * w)
+    ring = 2 * ks / (r * u) * (r - 1)
     return (rows + keys + ring) * size

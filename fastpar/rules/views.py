@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
 
 from fastpar.core.layout import Atom, Dim, Layout, Seg, even_parts
@@ -63,11 +64,11 @@ class ViewRule(Rule):
     def carries(self, call: Call, marked: list[set[int]]) -> set[int]:
         if math.prod(call.shape) == 0:
             return set()
-        spans = _strides(call.shapes[0])
+        spans = _spans(call.shapes[0])
         held = [spans[d] for d in marked[0]]
         return {
             d
-            for d, (low, high) in enumerate(_strides(call.shape))
+            for d, (low, high) in enumerate(_spans(call.shape))
             if any(low < top and bottom < high for bottom, top in held if low < high and bottom < top)
         }
 
@@ -78,7 +79,7 @@ class ViewRule(Rule):
         return _replace(call, 1, "size", list(outs[0].local_shape(mesh, rank)), torch.ops.aten.reshape.default)
 
 
-def _strides(shape: tuple[int, ...]) -> list[tuple[int, int]]:
+def _spans(shape: tuple[int, ...]) -> list[tuple[int, int]]:
     """Per dimension, the span of strides that it covers in row-major order."""
     out, below = [], 1
     for size in reversed(shape):
@@ -172,12 +173,18 @@ class SliceRule(Rule):
     def decide(self, call: Call, layouts: tuple[Layout, ...], mesh: Mesh) -> Decision:
         want = layouts[0].summed()
         d, start, stop, step = self._range(call)
-        dim = slice_dim(want.dims[d], start, stop, step)
-        if dim is None:
-            want = want.with_dim(d, Dim.whole(want.dims[d].size))
-            gather = Gather(0, "a slice through merged dimensions")
-            return Decision((want,), (want.with_dim(d, Dim.whole(call.shape[d])),), (gather,))
-        return Decision((want,), (want.with_dim(d, dim),))
+        gathers: list[Gather] = []
+        before = want.dims[d]
+        dim = slice_dim(before, start, stop, step)
+        if dim is None or (step > 1 and not _one_slice(before, start, stop, step, mesh)):
+            axes = mesh.ordered(before.axes)
+            reason = "a slice through merged dimensions" if dim is None else "every so many rows, across two segments"
+            even = Dim.whole(before.size) if call.tail else Dim.even(before.size, axes, mesh)
+            gathers.append(Gather(0, reason, kind="gather" if call.tail else "realign"))
+            want = want.with_dim(d, even)
+            dim = slice_dim(even, start, stop, step)
+            assert dim is not None, "one segment is sliced locally"
+        return Decision((want,), (want.with_dim(d, dim),), tuple(gathers))
 
     def back(self, call: Call, pos: Pos) -> list[tuple[int, Pos]]:
         d, start, stop, step = self._range(call)
@@ -192,11 +199,25 @@ class SliceRule(Rule):
         self, call: Call, ins: tuple[Layout, ...], outs: tuple[Layout, ...], mesh: Mesh, rank: int
     ) -> Localised:
         d, start, stop, step = self._range(call)
-        rows = ins[0].dims[d].rows(mesh, rank)
-        kept = [i for i, g in enumerate(rows.tolist()) if start <= g < stop and (g - start) % step == 0]
-        low = kept[0] if kept else 0
-        high = kept[-1] + 1 if kept else 0
+        kept = _kept(ins[0].dims[d], start, stop, step, mesh, rank)
+        low, high = (int(kept[0]), int(kept[-1]) + 1) if len(kept) else (0, 0)
         return call.node.target, (call.args[0], d, low, high, step), {}
+
+
+def _kept(dim: Dim, start: int, stop: int, step: int, mesh: Mesh, rank: int) -> np.ndarray:
+    """Local indices of the rows ``start:stop:step`` on ``rank``."""
+    rows = dim.rows(mesh, rank)
+    return np.flatnonzero((rows >= start) & (rows < stop) & ((rows - start) % step == 0))
+
+
+def _one_slice(dim: Dim, start: int, stop: int, step: int, mesh: Mesh) -> bool:
+    """True where every rank's rows ``start:stop:step`` are a slice with that step of what it holds.
+
+    Within a segment they are; where a rank goes from one to the next, the step may be another.
+    """
+    return all(
+        bool((np.diff(_kept(dim, start, stop, step, mesh, rank)) == step).all()) for rank in range(mesh.ranks)
+    )
 
 
 class CatRule(Rule):

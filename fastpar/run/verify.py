@@ -28,7 +28,7 @@ from fastpar.run.build import Built, build
 from fastpar.run.compare import FLOAT64_TOLERANCE, difference, float64_reference, same_bits
 from fastpar.run.diverge import first_difference
 from fastpar.run.report import FallbackReport, Replicated, Report
-from fastpar.sharding.candidates import find
+from fastpar.sharding.candidates import find, find_batch
 
 
 def verify(
@@ -128,7 +128,8 @@ def _explained(built: Built) -> Report:
     ranks = built.mesh.ranks
     eager = flops(built.captured)[0]
     shared = flops(built.lowered)
-    split = attainable(built.captured, find(built.captured.graph))
+    batch = find_batch(built.captured.graph) if built.plan.cfg else None
+    split = attainable(built.captured, find(built.captured.graph) + ([batch] if batch else []))
     times, whole = roofline.seconds(built.lowered), roofline.seconds(built.captured)[0]
     form = volume(built.lowered, built.plan, built.mesh)
     return Report(

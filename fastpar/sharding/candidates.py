@@ -48,9 +48,14 @@ def is_attention(node: fx.Node) -> bool:
 
 
 class Walk:
-    """The walk back, with the calls it has read (a walk visits a value and factor once)."""
+    """The walk back, with the calls it has read (a walk visits a value and factor once).
 
-    def __init__(self) -> None:
+    Rows are followed into the largest operands only, for the others (tables, biases, masks) are
+    sliced for free where they meet them; ``all_operands`` follows every one.
+    """
+
+    def __init__(self, all_operands: bool = False) -> None:
+        self.all_operands = all_operands
         self._calls: dict[fx.Node, Call] = {}
 
     def call(self, node: fx.Node) -> Call:
@@ -59,15 +64,14 @@ class Walk:
         return self._calls[node]
 
     def sources(self, node: fx.Node, pos: Pos) -> list[tuple[fx.Node, Pos]]:
-        """Operands that hold the rows ``pos`` of ``node``: only the largest ones, for the others
-        (tables, biases, masks) are sliced for free where they meet them."""
+        """Operands that hold the rows ``pos`` of ``node``."""
         if node.op != "call_function" or not isinstance(node.meta.get("val"), torch.Tensor):
             return []
         call = self.call(node)
         if not call.operands:
             return []
         found = rule_for(call).back(call, pos)
-        if len(found) > 1 and not call.name.startswith("aten::cat"):
+        if len(found) > 1 and not self.all_operands and not call.name.startswith("aten::cat"):
             most = max(math.prod(call.shapes[i]) for i, _ in found)
             found = [(i, p) for i, p in found if math.prod(call.shapes[i]) == most]
         return [(call.operands[i], p) for i, p in found]
@@ -103,6 +107,26 @@ def find(graph: fx.Graph) -> list[Candidate]:
     if not found:
         return _without_attention(graph, walk)
     return _merge(found)
+
+
+def find_batch(graph: fx.Graph) -> Candidate | None:
+    """The batch of a captured graph: the first dimension of its outputs, where inputs have it too.
+
+    Classifier-free guidance usually runs as such a batch of two. None where there is no batch.
+    """
+    sizes = {
+        int(n.meta["val"].shape[0])
+        for n in graph.nodes
+        if n.op == "placeholder" and isinstance(n.meta.get("val"), torch.Tensor) and n.meta["val"].dim() > 1
+    }
+    walk = Walk(all_operands=True)
+    seeds: set[Seed] = set()
+    for node in graph.output_node().all_input_nodes:
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor) and value.dim() > 1 and 1 < int(value.shape[0]) and value.shape[0] in sizes:
+            seeds |= walk.seeds(node, Pos(0, 1, int(value.shape[0]), 1))
+    order = {n: i for i, n in enumerate(graph.nodes)}
+    return Candidate(tuple(sorted(seeds, key=lambda s: (order[s.node], s.pos.dim))), ()) if seeds else None
 
 
 def _merge(found: list[tuple[frozenset[Seed], fx.Node]]) -> list[Candidate]:

@@ -19,11 +19,14 @@ from torch.utils import _pytree as pytree
 
 from fastpar.core.layout import Atom, Dim, Layout, Seg, even_parts
 from fastpar.core.mesh import Mesh
+from fastpar.core.regroup import Misfit, regroup
 from fastpar.core.transfer import elements_sent, is_local
 from fastpar.ops.redistribute import redistribute
 from fastpar.rules import Call, Decision, Pos, rule_for
 from fastpar.sharding.candidates import Seed, is_attention
 from fastpar.sharding.expand import expansion, traced
+
+Axes = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -65,31 +68,35 @@ def heavy_ahead(graph: fx.Graph) -> set[fx.Node]:
 
 
 def seed_layout(layout: Layout, pos: Pos, axes: tuple[str, ...], mesh: Mesh, unit: int = 1) -> Layout:
-    """``layout`` with the factor ``pos`` cut evenly over ``axes``, in multiples of ``unit`` rows."""
+    """``layout`` with the factor ``pos`` cut evenly over ``axes``, in multiples of ``unit`` rows.
+
+    The factor itself must be whole; those above and below it may be split over other axes.
+    """
     if pos.size % unit:
         unit = 1
     parts = even_parts(pos.size, mesh.size(axes), unit)
-    atoms = [Atom((Seg(pos.outer),)), Atom((Seg(pos.size, axes, parts),)), Atom((Seg(pos.inner),))]
-    return layout.with_dim(pos.dim, Dim.of(atoms))
+    around = regroup((layout.dims[pos.dim],), (pos.outer, pos.size, pos.inner))
+    if isinstance(around, Misfit) or not around[1].is_whole:
+        return layout
+    middle = Atom((Seg(pos.size, axes, parts),))
+    return layout.with_dim(pos.dim, Dim.of([*around[0].atoms, middle, *around[2].atoms]))
 
 
 class Inserter:
-    """Writes the sharded graph of ``graph`` for seeds cut over ``axes`` of ``mesh``."""
+    """Writes the sharded graph of ``graph`` for seeds that are each cut over axes of ``mesh``, in ``unit`` rows."""
 
-    def __init__(
-        self, graph: fx.Graph, mesh: Mesh, axes: tuple[str, ...], seeds: Sequence[Seed], unit: int = 1
-    ) -> None:
-        self.mesh, self.axes, self.unit = mesh, axes, unit
-        self.seeds: dict[fx.Node, list[Pos]] = {}
-        for seed in seeds:
-            self.seeds.setdefault(seed.node, []).append(seed.pos)
+    def __init__(self, graph: fx.Graph, mesh: Mesh, seeds: Sequence[tuple[Seed, Axes]], unit: int = 1) -> None:
+        self.mesh, self.unit = mesh, unit
+        self.seeds: dict[fx.Node, list[tuple[Pos, Axes]]] = {}
+        for seed, axes in seeds:
+            if mesh.size(axes) > 1:
+                self.seeds.setdefault(seed.node, []).append((seed.pos, axes))
         self.source = graph
         self.out = Sharded(fx.Graph())
         self.versions: dict[fx.Node, dict[Layout, fx.Node]] = {}
         self.main: dict[fx.Node, Layout] = {}
         self.results: dict[fx.Node, list[fx.Node]] = {}  # of operators with several, written out
         self.ahead = heavy_ahead(graph)
-        self.use_split = mesh.size(axes) > 1
 
     def run(self) -> Sharded:
         for node in self.source.nodes:
@@ -101,7 +108,7 @@ class Inserter:
                 self._call(node)
             else:
                 self._copy(node, tensor)
-            if tensor and node in self.seeds and self.use_split:
+            if tensor and node in self.seeds:
                 self._seed(node)
         return self.out
 
@@ -129,13 +136,11 @@ class Inserter:
         return node
 
     def _seed(self, node: fx.Node) -> None:
-        layout = self.main[node]
-        if layout.partial or set(self.axes) & layout.axes:
-            return  # rows of another dimension are split here already
-        for pos in self.seeds[node][:1]:
-            want = seed_layout(layout, pos, self.axes, self.mesh, self.unit)
-            new = self._get(node, want, "seed")
-            self._hold(node, new, want)
+        want = self.main[node].summed()
+        for pos, axes in self.seeds[node]:
+            if not set(axes) & want.axes:  # else rows of another dimension are split here already
+                want = seed_layout(want, pos, axes, self.mesh, self.unit)
+        self._hold(node, self._get(node, want, "seed"), want)
 
     # -- nodes ----------------------------------------------------------------------------
 

@@ -1,0 +1,69 @@
+"""cfg=2: guidance that runs as a batch is split along it, and combines with every token plan."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastpar
+from fastpar.core.errors import PlanError
+
+torch.set_num_threads(1)
+
+
+class Block(torch.nn.Module):
+    """Modulated self-attention, cross-attention on a prompt, and an MLP over merged batch and tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.time, self.qkv, self.kv = torch.nn.Linear(1, 24), torch.nn.Linear(12, 36), torch.nn.Linear(6, 24)
+        self.up, self.down = torch.nn.Linear(12, 48), torch.nn.Linear(48, 12)
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
+        shift, scale = self.time(t[:, None])[:, None].chunk(2, -1)
+        q, k, v = self.qkv(x * (1 + scale) + shift).unflatten(-1, (3, 2, 6)).permute(2, 0, 3, 1, 4)
+        x = x + F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        k, v = self.kv(prompt).unflatten(-1, (2, 2, 6)).permute(2, 0, 3, 1, 4)
+        x = x + F.scaled_dot_product_attention(x.unflatten(-1, (2, 6)).transpose(1, 2), k, v).transpose(1, 2).flatten(2)
+        rows = x.reshape(-1, 12)
+        return (rows + self.down(F.gelu(self.up(rows)))).view_as(x)
+
+
+def inputs(batch: int) -> tuple[torch.Tensor, ...]:
+    torch.manual_seed(0)
+    return torch.randn(batch, 11, 12).double(), torch.rand(batch).double(), torch.randn(batch, 5, 6).double()
+
+
+@pytest.fixture(scope="module")
+def captured() -> fastpar.Captured:
+    torch.manual_seed(0)
+    return fastpar.capture(Block().double().eval(), inputs(2))
+
+
+@pytest.mark.parametrize(
+    "plan", ["cfg=2", "cfg=2,ulysses=2", "cfg=2,ulysses=3", "cfg=2,ring=2", "cfg=2,gather=4", "cfg=2,ulysses=2,ring=3"]
+)
+def test_cfg_combines(captured: fastpar.Captured, plan: str) -> None:
+    report = fastpar.verify(captured, plan=plan)
+    assert report.ok, report.diverged_at
+    assert not report.fallbacks
+    # 11 rows are 2 on the busiest of 6 ranks, 1.83 on average
+    assert report.flops_share < 1.3 * report.attainable_share
+
+
+def test_only_the_outputs_move_between_branches(captured: fastpar.Captured) -> None:
+    report = fastpar.explain(captured, plan="cfg=2")
+    assert [(c.kind, c.why, c.count) for c in report.collectives] == [("all_gather", "output", 1)]
+    assert report.bytes_per_rank == report.bytes_formula == 11 * 12 * 8
+    assert report.flops_share < 0.51
+
+
+def test_odd_batches_are_cut_unevenly() -> None:
+    torch.manual_seed(0)
+    assert fastpar.verify(Block().double().eval(), inputs(3), plan="cfg=2,ulysses=2").ok
+
+
+def test_guidance_in_separate_calls_is_a_clear_error() -> None:
+    with pytest.raises(PlanError, match="batch of 1"):
+        fastpar.explain(Block().double().eval(), inputs(1), plan="cfg=2")
