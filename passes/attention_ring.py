@@ -25,6 +25,7 @@ from fastpar.graph.program import Program
 from fastpar.ops.redistribute import redistribute
 from fastpar.ops.ring import attention_lse, merge, redistribute_all
 from fastpar.passes.attention_gather import split_keys
+from fastpar.sharding.rewrite import redistributed
 
 
 @dataclass(frozen=True)
@@ -45,14 +46,19 @@ class AttentionRing(Pass):
 
 def rotated(dim: Dim, steps: int, mesh: Mesh) -> Dim:
     """What every rank holds of ``dim`` after ``steps`` steps: the rows of the rank that many behind it."""
-    (atom,) = dim.atoms
-    segs = []
-    for seg in atom.segs:
-        n = mesh.size(seg.axes)
-        starts = seg.starts()
+
+    def turned(seg: Seg) -> Seg:
+        n, starts = mesh.size(seg.axes), seg.starts()
         order = [(c - steps) % n for c in range(n)]
-        segs.append(Seg(seg.size, seg.axes, tuple(seg.parts[c] for c in order), tuple(starts[c] for c in order)))
-    return Dim.of([Atom(tuple(segs))])
+        return Seg(seg.size, seg.axes, tuple(seg.parts[c] for c in order), tuple(starts[c] for c in order))
+
+    return Dim.of(atom if atom.whole else Atom(tuple(map(turned, atom.segs))) for atom in dim.atoms)
+
+
+def turns(dim: Dim) -> bool:
+    """True where one ring takes every rank past all rows: one factor is split, all of it over the same axes."""
+    split = [atom for atom in dim.atoms if not atom.whole]
+    return len(split) == 1 and all(frozenset(s.axes) == dim.axes and not s.offsets for s in split[0].segs)
 
 
 class _Ring:
@@ -62,7 +68,14 @@ class _Ring:
         self.q, self.k, self.v, self.mask = args[:4]
         self.scale, self.gqa = args[5], bool(args[6])
         self.keys: Dim = self.k.meta["layout"].dims[-2]
-        self.steps = mesh.size(mesh.ordered(self.keys.axes))
+        axes = mesh.ordered(self.keys.axes)
+        self.steps = mesh.size(axes)
+        if not turns(self.keys):
+            self.keys = Dim.even(self.keys.size, axes, mesh)
+            self.k, self.v = (
+                redistributed(node, x, x.meta["layout"].with_dim(x.meta["val"].dim() - 2, self.keys), "attention")
+                for x in (self.k, self.v)
+            )
 
     def write(self) -> fx.Node:
         blocks: list[fx.Node] = [self.k, self.v]

@@ -18,7 +18,10 @@ from fastpar.core.mesh import Mesh
 from fastpar.graph.pipeline import Pass, PassContext
 from fastpar.graph.program import Program
 from fastpar.sharding.candidates import Candidate, Seed, find, find_batch, is_attention
-from fastpar.sharding.insert import Inserter, Sharded, balance
+from fastpar.sharding.insert import Inserter, Sharded
+from fastpar.sharding.work import busiest
+
+REPEATED = 1.25  # work of the busiest rank over the least that any choice leaves it: more, and rows were missed
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class Shard(Pass):
     ) -> Sharded:
         if not candidates or mesh.size(tokens) == 1:
             return Inserter(graph, mesh, batch).run()
-        best: tuple[float, Sharded] | None = None
+        options: list[tuple[float, float, Sharded]] = []
         tried: list[str] = []
         for candidate in candidates:
             units = [1]
@@ -81,18 +84,20 @@ class Shard(Pass):
                 result = Inserter(graph, mesh, [*batch, *seeds], unit).run()
                 if unit == 1:
                     units += sorted(result.units)
-                cost = predicted_bytes(result, mesh)
-                tried.append(f"{candidate.rows} rows in multiples of {unit}: {cost / 1e6:.3f} MB predicted")
-                if best is None or cost < best[0]:
-                    best = (cost, result)
+                options.append((busiest(result.graph, mesh), predicted_bytes(result, mesh), result))
+                tried.append(f"{candidate.rows} rows in multiples of {unit}: {options[-1][1] / 1e6:.3f} MB predicted")
+        least = min(work for work, _, _ in options)
+        # Rows that few products have move few bytes, and leave the rest to be repeated on every rank. And a rank
+        # that waits for another costs like communication: both are time in which nothing is computed.
+        fair = [o for o in options if o[0] <= REPEATED * least]
+        _, moved, best = min(fair, key=lambda o: (o[1] + 1) * (o[0] / least if least else 1) ** 2)
         if len(tried) > 1:
-            ctx.notes.append("shard tried " + "; ".join(tried) + f"; chose {best[0] / 1e6:.3f} MB")  # type: ignore[index]
-        assert best is not None
-        return best[1]
+            ctx.notes.append("shard tried " + "; ".join(tried) + f"; chose {moved / 1e6:.3f} MB")
+        return best
 
 
 def predicted_bytes(sharded: Sharded, mesh: Mesh) -> float:
-    """Bytes that leave the busiest rank, attention over split keys included, scaled by unbalanced work."""
+    """Bytes that leave the busiest rank, attention over split keys included."""
     total = float(sharded.moved)
     for node in sharded.graph.nodes:
         if is_attention(node):
@@ -102,5 +107,4 @@ def predicted_bytes(sharded: Sharded, mesh: Mesh) -> float:
                 n = mesh.size(mesh.ordered(axes))
                 value = q.meta["val"]  # type: ignore[union-attr]
                 total += 4 * (n - 1) / n * value.numel() * value.element_size() / n
-    # a rank that waits for another costs like communication: both are time in which nothing is computed
-    return (total + 1) * balance(sharded.graph, mesh) ** 2
+    return total

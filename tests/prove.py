@@ -59,8 +59,13 @@ class Seen:
     collectives: Counter[str] = field(default_factory=Counter)
 
 
-def prove(case: Case, way: Way, passes: Mapping[str, Callable[[], type[Pass]]] = PASSES) -> Seen:
-    """Run ``case`` through ``way``: exact, well-formed and in order at every stage. Returns what was seen."""
+def prove(
+    case: Case, way: Way, passes: Mapping[str, Callable[[], type[Pass]]] = PASSES, bits: bool = True
+) -> Seen:
+    """Run ``case`` through ``way``: exact, well-formed and in order at every stage. Returns what was seen.
+
+    ``bits`` demands equal bits on all ranks, which holds where no row is computed in two places.
+    """
     pipeline = Pipeline.parse(way.pipeline, passes)
     assert Pipeline.parse(str(pipeline), passes) == pipeline
     mesh = way.mesh
@@ -74,9 +79,9 @@ def prove(case: Case, way: Way, passes: Mapping[str, Callable[[], type[Pass]]] =
             check(now)
             _text_round_trips(now)
             if now.stage == "captured":
-                agree([tuple(now.gm(*case.args))], case.expected)
+                agree([tuple(now.gm(*case.args))], case.expected, bits)
             else:
-                agree(run_global(now, case.args), case.expected)
+                agree(run_global(now, case.args), case.expected, bits)
 
     with torch.no_grad(), _noted(f"{case.recipe!r}\n{way!r}"):
         lowered = pipeline.run(start, ctx, between)
@@ -85,16 +90,16 @@ def prove(case: Case, way: Way, passes: Mapping[str, Callable[[], type[Pass]]] =
             for program in programs:
                 check(program)
             check_order(programs)
-            agree(run_local(programs, case.args), case.expected)
+            agree(run_local(programs, case.args), case.expected, bits)
     return _seen(lowered, mesh)
 
 
-def agree(results: list[tuple[Any, ...]], expected: tuple[torch.Tensor, ...]) -> None:
-    """Every rank's outputs are eager's up to the order of sums, and the same bits on all ranks."""
+def agree(results: list[tuple[Any, ...]], expected: tuple[torch.Tensor, ...], bits: bool) -> None:
+    """Every rank's outputs are eager's up to the order of sums, and (``bits``) the same on all ranks."""
     for rank, outputs in enumerate(results):
         for i, (mine, first, true) in enumerate(zip(outputs, results[0], expected, strict=True)):
             assert mine.shape == true.shape, f"output {i} of rank {rank} is {list(mine.shape)}, not {list(true.shape)}"
-            assert torch.equal(mine, first), f"output {i} of rank {rank} has other bits than rank 0's"
+            assert not bits or torch.equal(mine, first), f"output {i}: rank {rank} has other bits than 0"
             scale = max(float(true.abs().max()), 1e-30) if true.numel() else 1.0
             error = float((mine - true).abs().max()) / scale if true.numel() else 0.0
             assert error <= TOLERANCE, f"output {i} of rank {rank} is off by {error:.1e}"

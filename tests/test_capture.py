@@ -315,6 +315,15 @@ def test_inputs_may_be_a_callable_and_the_model_compiled():
     assert [i.kind for i in found.programs[0].program.inputs].count("parameter") == 2
 
 
+def test_models_that_compile_in_place():
+    model, backend = Breaking(), Backend()
+    model.compile(backend=backend)
+    assert len(capture(model, (tensor(3, 4),)).programs) == 2
+    with torch.no_grad():
+        model(tensor(3, 4))
+    assert backend.compiled == backend.ran == 2
+
+
 def test_captures_do_not_mix():
     model = nn.Linear(4, 4)
     a = capture(model, (torch.ones(2, 4),))

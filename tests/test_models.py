@@ -107,7 +107,7 @@ def rest() -> list[Capture]:
     return [c for c in captures() if c.dtype == "float64" or (c.text in (0, 77) and c.size == "odd")]
 
 
-@lru_cache(maxsize=2)  # tests of one capture follow each other
+@lru_cache(maxsize=16)  # the sample's; a capture takes seconds
 def captured(c: Capture) -> fastpar.Captured:
     torch.set_num_threads(1)
     torch._dynamo.reset()

@@ -19,17 +19,21 @@ from hypothesis import strategies as st
 from fastpar.core.mesh import Mesh
 from fastpar.passes.attention_ulysses import AttentionUlysses
 from fastpar.passes.shard import Shard
+from fastpar.registry import PASSES
 from tests.programs import Recipe, build, recipes
 from tests.prove import Seen, Statistics, Way, prove
+from tests.scatter import Scatter
 
 RANKS = (2, 3, 4, 5, 8, 3, 5, 8, 1)
+SEVERAL = ("ulysses=2,ring=2", "ulysses=3,ring=2", "ulysses=2,ring=3", "ulysses=4,ring=2", "cfg=2,ulysses=2",
+           "cfg=2,ring=3", "cfg=2,gather=2", "cfg=2,ulysses=4")  # fmt: skip
 
 
 @st.composite
 def plans(draw: st.DrawFn) -> str:
-    """One term of N ranks, or heads inside a ring (USP)."""
+    """One term of N ranks; or heads inside a ring (USP), or either beside the two halves of the batch."""
     if draw(st.integers(0, 3)) == 3:
-        return "ulysses={},ring={}".format(*draw(st.sampled_from([(2, 2), (3, 2), (2, 3), (4, 2), (2, 4)])))
+        return draw(st.sampled_from(SEVERAL))
     return f"{draw(st.sampled_from(('ulysses', 'gather', 'ring')))}={draw(st.sampled_from(RANKS))}"
 
 
@@ -52,6 +56,17 @@ def ways(draw: st.DrawFn) -> Way:
         heads = AttentionUlysses(mesh.ordered(set(used[:count]))).spec()
         schedules += [f"{heads},attention-gather", f"{heads},attention-ring"]
     steps = [Shard(tuple(used)).spec(), draw(st.sampled_from(schedules))]
+    if draw(st.booleans()):
+        steps.append("cancel")
+    return Way(mesh, ",".join([*steps, "lower"]))
+
+
+@st.composite
+def scattered(draw: st.DrawFn) -> Way:
+    """Values in random layouts, which no plan makes but every rule must take."""
+    mesh = draw(st.sampled_from((Mesh((("sp", 3),)), Mesh((("sp", 2),)), Mesh((("sp", 5),)), *MESHES)))
+    steps = [Scatter(draw(st.sampled_from((5, 10, 20, 40))), draw(st.integers(0, 10**6))).spec()]
+    steps.append(draw(st.sampled_from(["attention-ulysses", "attention-gather", "attention-ring"])))
     if draw(st.booleans()):
         steps.append("cancel")
     return Way(mesh, ",".join([*steps, "lower"]))
@@ -91,6 +106,10 @@ def test_plans_are_exact_after_every_pass() -> None:
 
 def _by_hand(recipe: Recipe, way: Way) -> Seen:
     return prove(build(recipe), way)
+
+
+def _scattered(recipe: Recipe, way: Way) -> Seen:
+    return prove(build(recipe), way, {**PASSES, Scatter.name: lambda: Scatter}, bits=False)
 
 
 def test_meshes_of_several_axes_are_exact_after_every_pass() -> None:

@@ -63,24 +63,28 @@ def load(
     """
     asked = dtype_named(dtype) if dtype else torch.bfloat16 if fake else None
     torch.manual_seed(seed)
-    # Under the dtype as torch's default, for `.to()` does not work on fake parameters.
-    with _default_dtype(asked if fake or _FUNCTION.fullmatch(text) else None), _mode(fake):
-        model, own = _model(text, asked or torch.float32, seed, fake, component)
+    with _mode(fake):
+        # Under the dtype as torch's default where it must be: `.to()` does not work on fake parameters, and a
+        # function casts by itself. Elsewhere tables of sines are to be made in float32 and cast, as usual.
+        with _default_dtype(asked if fake or _FUNCTION.fullmatch(text) else None):
+            model, own = _model(text, asked or torch.float32, seed, fake, component)
         if isinstance(model, torch.nn.Module):
             model.eval().requires_grad_(False)
-        return Loaded(model, _inputs(model, own, inputs, pairs, asked))
+        with _default_dtype(asked):
+            return Loaded(model, _inputs(model, own, inputs, pairs, asked))
 
 
 def _inputs(model: Any, own: Any, inputs: str | None, pairs: Sequence[str], asked: torch.dtype | None) -> Inputs:
+    own = own() if callable(own) else own  # now, while the default dtype and the fake mode are those of the model
     if own is not None and inputs is None and not pairs:
         return own  # a function's (model, inputs) is taken as it is
     texts: Mapping[str, Any] = {}
     if inputs is not None and _FUNCTION.fullmatch(inputs):
         function = imported(inputs, "--inputs")
         own = function(model) if _needs_argument(function) else function()
+        own = own() if callable(own) else own
     elif inputs is not None:
         own, texts = None, read_json(Path(inputs))
-    own = own() if callable(own) else own
     if own is not None and not isinstance(own, Mapping):
         if pairs:
             raise OptionError("--input names arguments, but the inputs that it should add to are positional")

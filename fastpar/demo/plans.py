@@ -7,6 +7,9 @@ from __future__ import annotations
 TEMPLATES: tuple[tuple[str, int], ...] = (
     ("gather={n}", 1),
     ("ulysses={n}", 1),
+    ("ring={n}", 1),
+    ("ulysses={n},ring=2", 2),
+    ("cfg=2,ulysses={n}", 2),
 )
 
 

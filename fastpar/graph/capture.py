@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -287,6 +287,7 @@ def capture(model: Callable[..., Any], inputs: Inputs, dynamic: bool | None = Fa
     mode = fake_mode_of(model, inputs)
     with contextlib.ExitStack() as stack:
         stack.callback(session.close)
+        stack.enter_context(_uncompiled(model))
         if mode is not None:
             stack.enter_context(mode)
         stack.enter_context(torch.no_grad())
@@ -304,6 +305,20 @@ def capture(model: Callable[..., Any], inputs: Inputs, dynamic: bool | None = Fa
     if not result.programs:
         raise CaptureError("no graph was captured: Dynamo found no tensor operation that it could trace")
     return result
+
+
+@contextlib.contextmanager
+def _uncompiled(model: Any) -> Iterator[None]:
+    """While a model is captured: without what ``module.compile()`` put in front of its forward."""
+    modules = list(model.modules()) if isinstance(model, torch.nn.Module) else []
+    compiled = {m: m._compiled_call_impl for m in modules if getattr(m, "_compiled_call_impl", None) is not None}
+    for module in compiled:
+        module._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for module, call in compiled.items():
+            module._compiled_call_impl = call
 
 
 class _Session:

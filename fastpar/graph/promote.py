@@ -70,7 +70,8 @@ class _Promotion:
         self.casts = self.others = 0
         self.notes: list[str] = []
         self.was: dict[fx.Node, torch.dtype] = {}  # of what was promoted
-        self.mode = next((v.fake_mode for n in gm.graph.nodes if isinstance(v := n.meta.get("val"), FakeTensor)), None)
+        modes = (v.fake_mode for n in gm.graph.nodes if isinstance(v := n.meta.get("val"), FakeTensor))
+        self.mode = next(modes, None) or FakeTensorMode()
 
     def run(self) -> None:
         for node in list(self.gm.graph.nodes):
@@ -93,11 +94,15 @@ class _Promotion:
             return type(value)([self._value(v) for v in value])
         if not isinstance(value, torch.Tensor) or value.dtype not in self.table:
             return value
-        new = self.table[value.dtype]
-        mode = value.fake_mode if isinstance(value, FakeTensor) else self.mode
         # Shapes and strides do not depend on the dtype, so nothing needs to be propagated again.
-        with mode or FakeTensorMode():
-            return torch.empty_strided(value.shape, value.stride(), dtype=new, device=value.device)
+        return self._fake(value, self.table[value.dtype])
+
+    def _fake(self, value: torch.Tensor, dtype: torch.dtype) -> FakeTensor:
+        """A fake tensor like ``value`` of another dtype, made without a dispatch through the mode."""
+        mode = value.fake_mode if isinstance(value, FakeTensor) else self.mode
+        with unset_fake_temporarily():
+            meta = torch.empty_strided(value.shape, value.stride(), dtype=dtype, device="meta")
+        return FakeTensor(mode, meta, value.device)
 
     def _constant(self, node: fx.Node) -> None:
         path = str(node.target)
@@ -155,9 +160,7 @@ class _Promotion:
 
     def _cast(self, source: fx.Node, dtype: torch.dtype, user: fx.Node | None) -> fx.Node:
         cast = source.graph.call_function(aten._to_copy.default, (source,), {"dtype": dtype})
-        value = source.meta["val"]
-        with value.fake_mode if isinstance(value, FakeTensor) else self.mode or FakeTensorMode():
-            cast.meta["val"] = torch.empty_strided(value.shape, value.stride(), dtype=dtype, device=value.device)
+        cast.meta["val"] = self._fake(source.meta["val"], dtype)
         cast.meta["stack_trace"] = source.meta.get("stack_trace", "")
         if user is not None:
             user.replace_input_with(source, cast)

@@ -284,26 +284,3 @@ def _is_tuple(node: fx.Node) -> bool:
 def _nest(value: Any, outputs: Sequence[Layout]) -> tuple[Layout | None, ...]:
     queue = iter(outputs)
     return tuple(next(queue) if isinstance(v, torch.Tensor) else None for v in value)
-
-
-def balance(graph: fx.Graph, mesh: Mesh) -> float:
-    """Largest rank's multiply-adds over the mean of all: 1 is even (attention over split keys counted local)."""
-    work = [0.0] * mesh.ranks
-    for node in graph.nodes:
-        schema = getattr(node.target, "_schema", None)
-        if schema is None or schema.name not in HEAVY:
-            continue
-        value, layout = node.meta["val"], node.meta["layout"]
-        depth = _depth(node)
-        for rank in range(mesh.ranks):
-            work[rank] += math.prod(layout.local_shape(mesh, rank)) * depth
-        del value
-    mean = sum(work) / len(work)
-    return max(work) / mean if mean else 1.0
-
-
-def _depth(node: fx.Node) -> int:
-    if is_attention(node):
-        return 2 * int(node.args[1].meta["val"].shape[-2])  # type: ignore[union-attr]
-    operand = node.args[1] if node.target is torch.ops.aten.addmm.default else node.args[0]
-    return int(operand.meta["val"].shape[-1])  # type: ignore[union-attr]

@@ -1,0 +1,32 @@
+"""``python -m benchmarks``: every benchmark that runs without a GPU, each to ``benchmarks/results/<name>.json``."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+COMMANDS = {
+    "real_size": ["benchmarks.real_size", "--depths"],
+    "verify_speed": ["benchmarks.verify_speed"],
+}
+
+
+def main() -> int:
+    folder = Path(__file__).parent / "results"
+    failed = []
+    for name in sys.argv[1:] or COMMANDS:
+        if name not in COMMANDS:
+            print(f"no benchmark {name!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
+            return 2
+        module, *options = COMMANDS[name]
+        print(f"== {name}", flush=True)
+        if subprocess.call([sys.executable, "-m", module, *options, "--out", str(folder / f"{name}.json")]):
+            failed.append(name)
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return bool(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,33 @@
+"""Several replicas in one world, and plans over several mesh axes, on four real processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def torchrun(*plans: str) -> str:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=4", "--master-port=0",
+               "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m", "tests.scripts.replicas", *plans]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.distributed
+def test_replicas_and_several_axes() -> None:
+    lines = torchrun().splitlines()
+    assert sum("off by" in line for line in lines) == 3 * 4
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_inductor_on_two_axes() -> None:
+    assert "ulysses=2,ring=2" in torchrun("ulysses=2,ring=2")
