@@ -2,8 +2,8 @@
 
 Candidates are found backward, layouts spread forward. Where attention is factorised there
 are several candidates, and where a view cuts rows in multiples there are several
-granularities: each is tried, and the one that moves the fewest bytes wins, work that
-would be left unbalanced counted at the same rate.
+granularities: each is tried, and of those that split about as much work as any, the one that
+moves the fewest bytes wins, work that would be left unbalanced counted at the same rate.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import fx
 from fastpar.core.errors import PlanError
 from fastpar.core.mesh import Mesh
 from fastpar.graph.pipeline import Pass, PassContext
-from fastpar.graph.program import Program
+from fastpar.graph.program import Program, module_of
 from fastpar.sharding.candidates import Candidate, Seed, find, find_batch, is_attention
 from fastpar.sharding.insert import Inserter, Sharded
 from fastpar.sharding.work import busiest
@@ -43,7 +43,7 @@ class Shard(Pass):
         batch = self._batch(program.graph) if "cfg" in mesh.names else []
         candidates = find(program.graph)
         best = self._best(program.graph, mesh, tokens, candidates, batch, ctx)
-        gm = fx.GraphModule(program.gm, best.graph, class_name="Sharded")
+        gm = module_of(program.gm, best.graph, "Sharded")
         out = Program(gm, program.inputs, "sharded", program.name, mesh, program.plan, list(program.notes))
         gm.graph.eliminate_dead_code()
         gm.meta = dict(program.gm.meta)

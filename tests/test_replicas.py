@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def torchrun(*plans: str) -> str:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=4", "--master-port=0",
-               "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m", "tests.scripts.replicas", *plans]  # fmt: skip
+    launch = ["torch.distributed.run", "--nproc-per-node=4", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    command = [sys.executable, "-m", *launch, "-m", "tests.scripts.replicas", *plans]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr

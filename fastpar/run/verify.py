@@ -25,7 +25,13 @@ from fastpar.graph.count import attainable, bytes_per_rank, collectives, flops, 
 from fastpar.graph.program import Program, source_line, target_name
 from fastpar.plan.formula import volume
 from fastpar.run.build import Built, build
-from fastpar.run.compare import FLOAT64_TOLERANCE, difference, float64_reference, same_bits
+from fastpar.run.compare import (
+    FLOAT64_TOLERANCE,
+    capture_and_compare,
+    difference,
+    float64_reference,
+    same_bits,
+)
 from fastpar.run.diverge import first_difference
 from fastpar.run.report import FallbackReport, Replicated, Report
 from fastpar.sharding.candidates import find, find_batch
@@ -42,9 +48,13 @@ def verify(
 
     ``model`` is a module or function with ``inputs`` (a dict, a tuple, or a callable giving one),
     or a ``Captured``, so that one capture serves many plans. Returns a Report whose ``ok`` says
-    whether every output of every rank is within tolerance and the same bits on all ranks.
+    whether every output of every rank is within tolerance and the same bits on all ranks; given a
+    model, also whether the captured graphs give what the model itself gives.
     """
-    captured = model if isinstance(model, Captured) else capture(model, _given(inputs))
+    if isinstance(model, Captured):
+        captured, strayed = model, None
+    else:
+        captured, strayed = capture_and_compare(model, _given(inputs))
     report = None
     double = _in_double(captured)
     for recorded in captured.programs:
@@ -52,7 +62,11 @@ def verify(
         part = _explained(built)
         _compare(built, recorded, part, ranks, passes, double)
         report = part if report is None else _join(report, part)
-    return _nothing(report)
+    report = _nothing(report)
+    if strayed is not None:
+        report.ok = False
+        report.notes.append(strayed)
+    return report
 
 
 def explain(
@@ -226,6 +240,7 @@ def _compare(
         else:
             eager = tuple(program.gm(*args))
         results = _simulated(built, args)
+    _finite(exact, report)
     report.ok, worst = True, -1.0
     report.max_abs_err = report.max_rel_err = 0.0
     report.tolerance = FLOAT64_TOLERANCE
@@ -249,6 +264,15 @@ def _compare(
                 report.max_abs_err, report.max_rel_err, report.tolerance = absolute, relative, tolerance
     if not report.ok:
         report.diverged_at = first_difference(built, args, report.tolerance)
+
+
+def _finite(exact: tuple[Any, ...], report: Report) -> None:
+    """Say so where the reference is not finite: there is little to compare, or nothing."""
+    for i, value in enumerate(exact):
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.numel():
+            wrong = int((~torch.isfinite(value)).sum())
+            if wrong:
+                report.notes.append(f"output {i}: {wrong} of {value.numel()} values are not finite in eager either")
 
 
 def _in_double(captured: Captured) -> bool:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from dataclasses import dataclass
+from operator import getitem
 
 import torch
 from torch import fx
@@ -65,10 +66,12 @@ class Walk:
 
     def sources(self, node: fx.Node, pos: Pos) -> list[tuple[fx.Node, Pos]]:
         """Operands that hold the rows ``pos`` of ``node``."""
-        if node.op != "call_function" or not isinstance(node.meta.get("val"), torch.Tensor):
+        if node.op != "call_function":
             return []
+        if node.target is getitem:  # the first of several results is the one that has the operand's rows
+            return self.sources(node.args[0], pos) if node.args[1] == 0 else []  # type: ignore[arg-type]
         call = self.call(node)
-        if not call.operands:
+        if not call.operands or not call.results:
             return []
         found = rule_for(call).back(call, pos)
         if len(found) > 1 and not self.all_operands and not call.name.startswith("aten::cat"):

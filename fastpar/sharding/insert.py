@@ -8,7 +8,6 @@ exactly the layouts that their rule asked for.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +22,7 @@ from fastpar.core.regroup import Misfit, regroup
 from fastpar.core.transfer import elements_sent, is_local
 from fastpar.ops.redistribute import redistribute
 from fastpar.rules import Call, Decision, Pos, rule_for
-from fastpar.sharding.candidates import Seed, is_attention
+from fastpar.sharding.candidates import Seed
 from fastpar.sharding.expand import expansion, traced
 
 Axes = tuple[str, ...]

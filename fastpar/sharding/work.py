@@ -28,5 +28,7 @@ def _depth(node: fx.Node) -> int:
     """Multiply-adds per element of the result."""
     if is_attention(node):
         return 2 * int(node.args[1].meta["val"].shape[-2])  # type: ignore[union-attr]
+    if node.target is torch.ops.aten.convolution.default:  # channels of one group times the kernel
+        return math.prod(int(s) for s in node.args[1].meta["val"].shape[1:])  # type: ignore[union-attr]
     operand = node.args[1] if node.target is torch.ops.aten.addmm.default else node.args[0]
     return int(operand.meta["val"].shape[-1])  # type: ignore[union-attr]
