@@ -64,7 +64,7 @@ def finish(program: Program, options: Options, group: Any) -> Runner:
     if options.cudagraphs:
         raise OptionError("option 'cudagraphs' is not implemented yet; leave it out")
     if options.topology is not None:
-        raise OptionError("option 'topology' is not implemented yet (the planner takes the first valid plan); leave it out")
+        raise OptionError("option 'topology' is not implemented yet: auto takes the first valid plan; leave it out")
     number = _compiled["count"]
     _compiled["count"] += 1
     begin = time.perf_counter()

@@ -92,8 +92,8 @@ class AttentionUlysses(Pass):
 def _rectangle(
     layouts: list[Layout], result: Layout, axes: tuple[str, ...], spent: tuple[str, ...], mesh: Mesh
 ) -> tuple[float, int, list[Layout], Layout] | None:
-    """(work of the busiest rank, elements it sends (those of a ring that follows too), layouts of q, k and v, of the result) when heads
-    are split over ``spent`` and query rows over what is left; None where there are too few heads."""
+    """(work of the busiest rank, elements it sends, a ring that follows included, layouts of q, k and v, of
+    the result) when heads are split over ``spent`` and query rows over what is left; None where there are too few heads."""
     lead = len(result.dims) - 2
     heads = list(result.dims[:lead])
     if spent:
@@ -117,9 +117,9 @@ def _rectangle(
     sent = [0] * mesh.ranks
     for src, dst in [*zip(layouts[:3], wants, strict=True), (out, result)]:
         sent = [a + b for a, b in zip(sent, elements_sent(src, dst, mesh), strict=True)]
-    for kv in wants[1:]:  # what is left to a ring makes all but one of its steps with this share of the heads
-        steps = mesh.size(mesh.ordered(kv.dims[-2].axes)) - 1
-        sent = [a + steps * math.prod(kv.local_shape(mesh, r)) for r, a in enumerate(sent)]
+    for want in wants[1:]:  # what is left to a ring makes all but one of its steps with this share of the heads
+        steps = mesh.size(mesh.ordered(want.dims[-2].axes)) - 1
+        sent = [a + steps * math.prod(want.local_shape(mesh, r)) for r, a in enumerate(sent)]
     return float(work), max(sent), wants, out
 
 

@@ -264,11 +264,19 @@ def make_mask(s: State, kind: str, shape: tuple[int, ...], bits: int, drop: int)
     if kind == "tokens":  # a mask of valid keys, made pairwise in the graph
         valid = s.make.flags(shape[0], shape[-1])[:, None, None, :]
         return valid.expand(shape[0], 1, shape[-2], shape[-1]) if bits % 2 else valid
-    sizes = [n if bits >> i & 1 else 1 for i, n in enumerate(shape)][min(drop, len(shape) - 2) :]
-    return s.make.flags(*sizes) if kind == "bool" else s.make.user(*sizes)
+    return _values(s, kind, [n if bits >> i & 1 else 1 for i, n in enumerate(shape)][min(drop, len(shape) - 2) :])
 
 
-MASKS: Option = ("none", "none", "bool", "add", "tokens")
+def _values(s: State, kind: str, sizes: Sequence[int]) -> Tensor:
+    if kind == "add":
+        return s.make.user(*sizes)
+    if kind == "inf":  # as a bias; a row may see no key at all, and then attention gives zero
+        shown = s.make.flags(*sizes, blind=True)
+        return torch.zeros(sizes, dtype=torch.float64).masked_fill(~shown, float("-inf"))
+    return s.make.flags(*sizes, blind=kind == "blind")
+
+
+MASKS: Option = ("none", "none", "bool", "add", "tokens", "blind", "inf")
 BITS: Option = (8, 12, 13, 15, 4, 9, 10, 14, 0, 5)
 ROPES: Option = ("none", "half", "pairs", "complex")
 
@@ -310,10 +318,9 @@ def flat_attention(s: State, merged: bool = False, causal: bool = False, mask: s
     b, n, c = s.x.shape
     q, k, v = (s.linear(s.norm(s.x), c) for _ in range(3))
     m = None
-    if mask in ("bool", "add") and not causal:
+    if mask not in ("none", "tokens") and not causal:
         lead = b * s.heads if merged else b
-        sizes = [m if bits >> i & 1 else 1 for i, m in enumerate((n, n, lead))][::-1]
-        m = s.make.flags(*sizes) if mask == "bool" else s.make.user(*sizes)
+        m = _values(s, mask, [m if bits >> i & 1 else 1 for i, m in enumerate((n, n, lead))][::-1])
     if merged:
         q, k, v = (s.split_heads(y).reshape(b * s.heads, n, s.width) for y in (q, k, v))
     out = attend(q, k, v, m, causal=causal)

@@ -48,7 +48,7 @@ class Recipe:
 class Case:
     """A captured program, arguments for it, and what eager gives for them."""
 
-    recipe: Recipe
+    recipe: Recipe | None
     program: Program
     args: list[torch.Tensor]
     expected: tuple[torch.Tensor, ...]
@@ -86,12 +86,12 @@ class Maker:
         """What the caller passes: standard normal."""
         return self._input("user", lambda: self._normal(shape))
 
-    def flags(self, *shape: int) -> torch.Tensor:
-        """A boolean mask; in the last dimension at least the first is set, so no row is empty."""
+    def flags(self, *shape: int, blind: bool = False) -> torch.Tensor:
+        """A boolean mask; in the last dimension at least the first is set, unless rows may be ``blind``."""
 
         def make() -> torch.Tensor:
-            value = torch.rand(shape, generator=self.random) < 0.7
-            value[..., :1] = True
+            value = torch.rand(shape, generator=self.random) < (0.3 if blind else 0.7)
+            value[..., :1] |= not blind
             return value
 
         return self._input("user", make)
@@ -112,20 +112,30 @@ def run(recipe: Recipe, maker: Maker) -> tuple[torch.Tensor, ...]:
 
 
 def build(recipe: Recipe) -> Case:
-    """Run the recipe eagerly and trace it: the same operators that ``fastpar.graph.capture`` gives."""
+    """Run the recipe eagerly, which makes its inputs, and trace it."""
+    maker = Maker(recipe.seed)
     with torch.no_grad():
-        maker = Maker(recipe.seed)
-        expected = run(recipe, maker)
+        run(recipe, maker)
+    return traced(lambda *args: run(recipe, Maker(recipe.seed, args)), maker.tensors, maker.inputs, recipe)
 
-        def traced(*args: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            return run(recipe, Maker(recipe.seed, args))
 
-        gm = make_fx(traced, decomposition_table=TABLE, tracing_mode="fake")(*maker.tensors)
+def traced(
+    function: Callable[..., tuple[torch.Tensor, ...]],
+    args: Sequence[torch.Tensor],
+    inputs: Sequence[Input] = (),
+    recipe: Recipe | None = None,
+    table: Mapping[Any, Any] = TABLE,
+) -> Case:
+    """A function of tensors as a Case: the same operators that ``fastpar.graph.capture`` gives, much faster."""
+    with torch.no_grad():
+        expected = tuple(function(*args))
+        gm = make_fx(function, decomposition_table=dict(table), tracing_mode="fake")(*args)
     tidy(gm)
     output = gm.graph.output_node()
     output.args = (tuple(output.args[0]),)
     gm.recompile()
-    return Case(recipe, Program(gm, tuple(maker.inputs)), maker.tensors, expected)
+    inputs = inputs or [Input(f"user{i}", "user") for i in range(len(args))]
+    return Case(recipe, Program(gm, tuple(inputs)), list(args), expected)
 
 
 # -- the strategy -----------------------------------------------------------------------------

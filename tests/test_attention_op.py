@@ -111,6 +111,17 @@ def test_opcheck_and_layout(name):
         assert out.is_contiguous()
 
 
+def test_autocast_casts_as_for_sdpa():
+    q, k, v = qkv(dtype=torch.float32)
+    mask = torch.zeros(5, 7)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = attention(q, k, v.bfloat16(), mask)
+        assert torch.equal(out, F.scaled_dot_product_attention(q, k, v.bfloat16(), mask))
+        assert out.dtype == torch.bfloat16
+        assert attention(q.double(), k.double(), v.double()).dtype == torch.float64
+    assert attention(q, k, v).dtype == torch.float32
+
+
 def test_flops():
     q, k, v = qkv((2, 4), kv_heads=2, ev=4)
     with FlopCounterMode(display=False) as counter:

@@ -458,6 +458,30 @@ def test_dropout_in_attention_is_refused():
         capture(lambda q: F.scaled_dot_product_attention(q, q, q, dropout_p=0.5), (torch.ones(1, 1, 2, 2),))
 
 
+def test_shapes_that_depend_on_values_are_refused_or_split():
+    def fn(x):
+        return torch.zeros(int(x.sum())) + 1
+
+    x = torch.ones(3)
+    assert capture(fn, (x,)).outputs.shape == (3,)
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        with pytest.raises(CaptureError, match="depends on the values of tensors at .*test_capture.py"):
+            capture(fn, (x,))
+
+
+def test_autocast():
+    model = nn.Sequential(nn.Conv2d(3, 8, 2, 2), nn.Flatten(2), nn.Linear(4, 4), nn.LayerNorm(4))
+
+    def call(x):
+        y = model(x)
+        return F.scaled_dot_product_attention(y.float(), y, y), F.interpolate(y, scale_factor=2.0)
+
+    x = torch.randn(2, 3, 4, 4)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        close(capture(call, (x,)).outputs, call(x), 1e-6)
+
+
 def test_nothing_to_capture_is_an_error():
     with pytest.raises(CaptureError, match="no graph"):
         capture(lambda x: 3, (torch.ones(2),))

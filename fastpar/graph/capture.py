@@ -27,11 +27,12 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import BackendCompilerFailed, exceptions_allowed_to_be_fallback
 from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from fastpar.core.errors import CaptureError
 from fastpar.graph.decompose import TABLE
 from fastpar.graph.normalise import keep_whole
-from fastpar.graph.program import Input, Kind, Program, copy_module
+from fastpar.graph.program import Input, Kind, Program, copy_module, source_line
 from fastpar.graph.scalars import floats_as_tensors, scalar_tensors_stay
 from fastpar.graph.tidy import tidy
 
@@ -185,7 +186,13 @@ def _specialise(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[Any]:
     """
     for node in gm.graph.nodes:
         for number in _shape_symbols(node.meta.get("example_value")):
-            int(number)
+            try:
+                int(number)
+            except GuardOnDataDependentSymNode as error:
+                raise CaptureError(
+                    f"a shape depends on the values of tensors at {source_line(node)}. Leave Dynamo's options "
+                    "capture_scalar_outputs and capture_dynamic_output_shape_ops off: it then splits the graph"
+                ) from error
     for node in gm.graph.find_nodes(op="placeholder"):
         value = node.meta.get("example_value")
         if isinstance(value, torch.SymInt) and value.node.expr.is_number:
@@ -198,7 +205,8 @@ def _specialise(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[Any]:
     result = []
     for node, value in zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True):
         # AOT would give these symbolic shapes again, from what Dynamo noted about their source.
-        if any(_shape_symbols(node.meta.get("example_value"))) and isinstance(value, torch.Tensor):
+        symbolic = next(iter(_shape_symbols(node.meta.get("example_value"))), None) is not None
+        if symbolic and isinstance(value, torch.Tensor):
             value = mode.from_tensor(value, static_shapes=True)
         result.append(value)
     return result

@@ -95,6 +95,26 @@ torch.library.register_fake("fastpar::attention", _attention_fake, lib=_LIB)
 attention = torch.ops.fastpar.attention.default
 
 
+def _autocast(device: str, key: str) -> Callable[..., torch.Tensor]:
+    """What autocast does to SDPA: float tensors, except float64, are cast to its dtype."""
+
+    def cast(value: Any, dtype: torch.dtype) -> Any:
+        low = isinstance(value, torch.Tensor) and value.is_floating_point() and value.dtype != torch.float64
+        return value.to(dtype) if low else value
+
+    def attention_autocast(*args: Any, **kwargs: Any) -> torch.Tensor:
+        dtype = torch.get_autocast_dtype(device)
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):
+            args = tuple(cast(a, dtype) for a in args)
+            return attention(*args, **{name: cast(a, dtype) for name, a in kwargs.items()})
+
+    return attention_autocast
+
+
+for _device, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+    _LIB.impl("attention", _autocast(_device, _key), _key)
+
+
 @register_flop_formula(torch.ops.fastpar.attention)
 def attention_flops(q: Any, k: Any, v: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     """Two products per score; like torch's own formulas, masks and causality save nothing."""
