@@ -93,7 +93,7 @@ def _rectangle(
     layouts: list[Layout], result: Layout, axes: tuple[str, ...], spent: tuple[str, ...], mesh: Mesh
 ) -> tuple[float, int, list[Layout], Layout] | None:
     """(work of the busiest rank, elements it sends, a ring that follows included, layouts of q, k and v, of
-    the result) when heads are split over ``spent`` and query rows over what is left; None where there are too few heads."""
+    the result) when heads are split over ``spent`` and query rows over what is left; None with too few heads."""
     lead = len(result.dims) - 2
     heads = list(result.dims[:lead])
     if spent:

@@ -3,17 +3,20 @@
 ``shard`` only ever splits tokens evenly, so most of what rules and passes promise is never asked
 of them: parts of any size, products of two split factors, whole segments beside split ones,
 windows, several dimensions at once. Here values are redistributed to such layouts wherever chance
-has it, and everything behind must cope, by rule or by gathering.
+has it, and everything behind must cope, by rule or by gathering. ``lay`` does so to a program's
+inputs, as it is told.
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import fx
 
+from fastpar import registry
 from fastpar.core.layout import Atom, Dim, Layout, Seg, even_parts
 from fastpar.core.mesh import Mesh
 from fastpar.graph.pipeline import Pass, PassContext
@@ -39,6 +42,34 @@ class Scatter(Pass):
         return Program(gm, program.inputs, "sharded", program.name, ctx.mesh, program.plan, list(program.notes))
 
 
+@dataclass(frozen=True)
+class Lay(Pass):
+    """The inputs in the given layouts, in order; an empty text leaves one whole."""
+
+    name: ClassVar[str] = "lay"
+    stage_in: ClassVar[str] = "captured"
+    stage_out: ClassVar[str] = "sharded"
+
+    inputs: tuple[str, ...] = ()
+
+    def apply(self, program: Program, ctx: PassContext) -> Program:
+        wanted = dict(zip(program.placeholders, self.inputs, strict=False))
+        walk = _Fixed(program.graph, ctx.mesh, {n: Layout.parse(text) for n, text in wanted.items() if text})
+        gm = module_of(program.gm, walk.run().graph, "Laid")
+        return Program(gm, program.inputs, "sharded", program.name, ctx.mesh, program.plan, list(program.notes))
+
+
+class _Fixed(Inserter):
+    def __init__(self, graph: fx.Graph, mesh: Mesh, layouts: dict[fx.Node, Layout]) -> None:
+        super().__init__(graph, mesh, ())
+        self.layouts = layouts
+        self.seeds = {n: [] for n in layouts}
+
+    def _seed(self, node: fx.Node) -> None:
+        want = self.layouts[node]
+        self._hold(node, self._get(node, want, "seed"), want)
+
+
 class _Scatterer(Inserter):
     """An Inserter whose seeds are random nodes, cut at random."""
 
@@ -50,6 +81,10 @@ class _Scatterer(Inserter):
     def _seed(self, node: fx.Node) -> None:
         want = random_layout(tuple(node.meta["val"].shape), self.mesh, self.random)
         self._hold(node, self._get(node, want, "seed"), want)
+
+
+PASSES: dict[str, Callable[[], type[Pass]]] = {**registry.PASSES, "scatter": lambda: Scatter, "lay": lambda: Lay}
+"""All passes, and those of this file."""
 
 
 def random_layout(shape: tuple[int, ...], mesh: Mesh, chance: random.Random) -> Layout:

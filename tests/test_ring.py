@@ -110,3 +110,26 @@ def test_one_message_per_step_and_its_bytes() -> None:
     assert sum(c.count for c in attention) == 3
     assert sum(c.bytes for c in attention) == 2 * 12 * 12 * 8 * 3 // 4
     assert report.bytes_per_rank == report.bytes_formula
+
+
+class Grouped(torch.nn.Module):
+    """Grouped heads, then linear attention: the same tokens once by rows and once summed over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.kv = torch.nn.Linear(12, 24), torch.nn.Linear(12, 8)
+        self.out = torch.nn.Linear(24, 12)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q = self.q(x).unflatten(-1, (12, 2)).transpose(1, 2)
+        k, v = self.kv(x).unflatten(-1, (2, 2, 2)).permute(2, 0, 3, 1, 4)
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2).flatten(2))
+        summary = x.transpose(1, 2) @ F.relu(x)  # contracts tokens: a partial sum on every rank
+        return x @ summary + x.repeat(1, 2, 1)[:, : x.shape[1]]
+
+
+@pytest.mark.parametrize("plan", ["ulysses=2", "ulysses=4", "ring=3", "gather=2", "ulysses=2,ring=2"])
+def test_grouped_heads_and_sums_over_tokens(plan: str) -> None:
+    torch.manual_seed(0)
+    report = fastpar.verify(Grouped().double().eval(), (torch.randn(2, 11, 12, dtype=torch.float64),), plan=plan)
+    assert report.ok, report.diverged_at

@@ -21,6 +21,7 @@ from fastpar.ops.collectives import all_gather, all_reduce, all_to_all, local
 from fastpar.ops.redistribute import redistribute
 from fastpar.ops.ring import redistribute_all
 from fastpar.rules import Call, rule_for
+from fastpar.sharding.candidates import is_attention
 
 _ABSTRACT = {redistribute, redistribute_all}
 _CONCRETE = {local, all_gather, all_reduce, all_to_all}
@@ -54,7 +55,8 @@ def _structure(program: Program) -> None:
         seen.add(node)
         names.add(node.name)
         placeholders += node.op == "placeholder"
-        if node.op == "call_function" and "val" not in node.meta:
+        schema = getattr(node.target, "_schema", None)
+        if node.op == "call_function" and "val" not in node.meta and (schema is None or schema.returns):
             _fail(node, "has no value in meta")
     if placeholders != len(program.inputs):
         raise CheckError(f"{placeholders} placeholders but {len(program.inputs)} inputs")
@@ -63,7 +65,7 @@ def _structure(program: Program) -> None:
 
 
 def _node(node: fx.Node, stage: str, mesh: Mesh) -> None:
-    value, layout = node.meta["val"], node.meta.get("layout")
+    value, layout = node.meta.get("val"), node.meta.get("layout")
     if isinstance(value, torch.Tensor):
         if not isinstance(layout, Layout):
             _fail(node, "has no layout")
@@ -94,9 +96,12 @@ def _node(node: fx.Node, stage: str, mesh: Mesh) -> None:
                 _change(node, src, dst, x, out)
         else:
             _change(node, str(node.args[1]), str(node.args[2]), node.args[0], layout)
-    elif not isinstance(value, torch.Tensor) or getattr(node.target, "__name__", "") == "getitem":
-        return
-    else:
+    elif getattr(node.target, "__name__", "") == "getitem":
+        if isinstance(value, torch.Tensor) and layout != node.args[0].meta["layout"][node.args[1]]:  # type: ignore[union-attr,index]
+            _fail(node, f"is noted as {layout}, other than what it is taken from")
+    elif any(isinstance(v, torch.Tensor) for v in (value if isinstance(value, (tuple, list)) else [value])):
+        if stage != "sharded" and is_attention(node) and not node.args[1].meta["layout"].dims[-2].is_whole:  # type: ignore[union-attr]
+            _fail(node, f"has split keys, in a program that is {stage}: no pass gave it a schedule")
         _infer(node, mesh)
 
 
@@ -110,14 +115,20 @@ def _change(node: fx.Node, src: str, dst: str, x: Any, layout: Any) -> None:
 def _infer(node: fx.Node, mesh: Mesh) -> None:
     call = Call.of(node)
     ins = tuple(n.meta["layout"] for n in call.operands)
-    if all(x.is_whole for x in ins) and node.meta["layout"].is_whole:
+    noted = node.meta["layout"]
+    outs = (noted,) if isinstance(noted, Layout) else tuple(x for x in noted if x is not None)
+    if all(x.is_whole for x in (*ins, *outs)):
         return
     decision = rule_for(call).decide(call, ins, mesh)
     for have, want, operand in zip(ins, decision.inputs, call.operands, strict=True):
         if have != want:
             _fail(node, f"wants {operand.name} as {want}, and gets {have}")
-    if decision.outputs[0] != node.meta["layout"]:
-        _fail(node, f"is noted as {node.meta['layout']}, inferred {decision.outputs[0]}")
+    if decision.outputs != outs:
+        _fail(node, f"is noted as {_texts(outs)}, inferred {_texts(decision.outputs)}")
+
+
+def _texts(layouts: tuple[Layout, ...]) -> str:
+    return " and ".join(map(str, layouts))
 
 
 def order(program: Program) -> dict[tuple[str, ...], list[str]]:

@@ -138,6 +138,12 @@ def _attribute(gm: Any, target: Any) -> Any:
     return gm
 
 
+_PLAIN = (
+    *(type(None), bool, int, float, complex, str),
+    *(torch.dtype, torch.layout, torch.memory_format, torch.SymInt, torch.SymFloat, torch.SymBool),
+)
+
+
 def _text(value: Any, numbers: dict[fx.Node, int]) -> str:
     if isinstance(value, fx.Node):
         return f"%{numbers[value]}"
@@ -147,7 +153,11 @@ def _text(value: Any, numbers: dict[fx.Node, int]) -> str:
         return "{" + ", ".join(f"{k}: {_text(v, numbers)}" for k, v in sorted(value.items())) + "}"
     if isinstance(value, slice):
         return f"slice({_text((value.start, value.stop, value.step), numbers)})"
-    return repr(value)
+    if isinstance(value, torch.device):
+        return value.type  # each rank has another index
+    if isinstance(value, _PLAIN):
+        return repr(value)
+    return type(value).__name__  # an address in a repr would differ in each process
 
 
 def _value_text(value: Any) -> str:

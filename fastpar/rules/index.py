@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+
 from fastpar.core.layout import Dim, Layout
 from fastpar.core.mesh import Mesh
 from fastpar.rules.factor import FactorRule, Factors, Names
@@ -33,6 +37,28 @@ def _index_select(call: Call) -> Factors:
     return Factors((table, index), (names,), whole={"v": _ANY_ROW})
 
 
+def _bucketize(call: Call) -> Factors:
+    """(x, boundaries) -> the bucket of every element of x"""
+    names = tuple(f"d{i}" for i in range(len(call.shape)))
+    return Factors((names, ("b",)), (names,), whole={"b": "every boundary counts for every element"})
+
+
+def _is_mask(index: Any) -> bool:
+    return index is not None and index.meta["val"].dtype in (torch.bool, torch.uint8)
+
+
+def _indexed(call: Call) -> set[int]:
+    """Dimensions of x that the indices stand for: a mask of k dimensions takes k of them."""
+    dims: set[int] = set()
+    at = 0
+    for index in call.args[1]:
+        taken = index.meta["val"].dim() if _is_mask(index) else 1
+        if index is not None:
+            dims |= set(range(at, at + taken))
+        at += taken
+    return dims
+
+
 class IndexRule(Rule):
     """x[..., i, j, ...] with tensors: indexed dimensions whole, the indices' own rows pass through."""
 
@@ -58,17 +84,15 @@ class IndexRule(Rule):
         return Factors(tuple(operands), (tuple(result),), whole={f"v{i}": _ANY_ROW for i in given})
 
     def decide(self, call: Call, layouts: tuple[Layout, ...], mesh: Mesh) -> Decision:
-        boolean = any(
-            n.meta["val"].dtype.is_floating_point is False and n.meta["val"].element_size() == 1
-            for n in call.operands[1:]
-        )
-        if boolean:  # a mask: the result's size depends on values
+        if any(map(_is_mask, call.args[1])):  # the result's size depends on values
             return super().decide(call, layouts, mesh)
         return FactorRule(self._names).decide(call, layouts, mesh)
 
     def back(self, call: Call, pos: Pos) -> list[tuple[int, Pos]]:
         # rows of an index tensor are rows of the result, but splitting starts at the result:
         # an index is cheap, the table's rows are what costs
+        if any(map(_is_mask, call.args[1])):
+            return []
         return [p for p in FactorRule(self._names).back(call, pos) if p[0] == 0]
 
 
@@ -76,8 +100,7 @@ class IndexPutRule(Rule):
     """index_put(x, indices, values): rows of other dimensions pass through, indexed ones are whole."""
 
     def decide(self, call: Call, layouts: tuple[Layout, ...], mesh: Mesh) -> Decision:
-        indices = list(call.args[1])
-        given = {i for i, x in enumerate(indices) if x is not None}
+        given = _indexed(call)
         x, values = layouts[0].summed(), len(call.shapes) - 1
         tail = len(call.shape) - 1 - max(given)  # trailing dimensions that are not indexed
         dims, gathers = [], []
@@ -98,11 +121,12 @@ class IndexPutRule(Rule):
         return Decision(tuple(inputs), (inputs[0],), tuple(gathers))
 
     def back(self, call: Call, pos: Pos) -> list[tuple[int, Pos]]:
-        return [(0, pos)]
+        return [(0, pos)] if pos.dim not in _indexed(call) else []  # rows that any index may write begin here
 
 
 register("aten::embedding", FactorRule(_embedding))
 register("aten::gather", FactorRule(_gather))
+register("aten::bucketize", FactorRule(_bucketize))
 register("aten::index_select", FactorRule(_index_select))
 register(["aten::index", "aten::_unsafe_index"], IndexRule())
 register(["aten::index_put", "aten::_unsafe_index_put"], IndexPutRule())

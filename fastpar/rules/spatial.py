@@ -51,7 +51,8 @@ class ConvolutionRule(Rule):
                 taken |= dim.axes
                 dims.append(found[0])
                 outs.append(found[1])
-        inputs = [Layout(tuple(dims)), Layout.whole(call.shapes[1]).with_dim(0, filters)]
+        weight = Layout.whole(call.shapes[1])
+        inputs = [Layout(tuple(dims)), weight if filters.is_whole else weight.with_dim(0, filters)]
         if len(layouts) > 2:
             inputs.append(Layout((filters,)))
         return Decision(tuple(inputs), (Layout(tuple(outs)),), tuple(gathers))
@@ -59,6 +60,8 @@ class ConvolutionRule(Rule):
     def _channels(self, call: Call, layouts: tuple[Layout, ...], taken: set[str]) -> tuple[Dim, Dim]:
         """Layouts of input channels and filters: split together where the convolution is depthwise."""
         filters = layouts[1].dims[0]
+        if call.arg(6, "transposed"):  # its weight is [C, filters / groups, ...]
+            return Dim.whole(call.shapes[0][1]), Dim.whole(call.shape[1])
         if call.arg(8, "groups") == call.shapes[0][1] == call.shape[1]:
             dim = layouts[0].dims[1] if not layouts[0].dims[1].is_whole else filters
             if not dim.axes & taken:

@@ -144,8 +144,12 @@ class Inserter:
     # -- nodes ----------------------------------------------------------------------------
 
     def _copy(self, node: fx.Node, tensor: bool) -> None:
-        """Placeholders, constants and operators on numbers: as they are, whole."""
-        new = self.out.graph.node_copy(node, lambda n: self.out.values[n])
+        """Placeholders, constants, operators on numbers and those without a result: as they are, on whole values."""
+
+        def whole(n: fx.Node) -> fx.Node:
+            return self._get(n, Layout.whole(n.meta["val"].shape), "plan") if n in self.main else self.out.values[n]
+
+        new = self.out.graph.node_copy(node, whole)
         self.out.values[node] = new
         if tensor:
             self._hold(node, new, Layout.whole(node.meta["val"].shape))
