@@ -523,7 +523,7 @@ def merge_tokens(s: State, pick: int = 0, mix: str = "rows") -> None:
         s.x = s.x + s.linear(y, c).view(k, b, n // k, c).permute(1, 0, 2, 3).reshape(b, n, c)
 
 
-@_into(BLOCKS, how=("rows", "select", "gather", "order", "put"))
+@_into(BLOCKS, how=("rows", "select", "gather", "order", "put", "masked"))
 def lookup(s: State, how: str = "rows") -> None:
     """Rows by index: of a table, of the tokens themselves, written into them."""
     b, n, c = s.x.shape
@@ -535,6 +535,8 @@ def lookup(s: State, how: str = "rows") -> None:
         s.x = s.x + s.x.gather(1, s.make.index((b, n, 1), n).expand(b, n, c))
     elif how == "order":
         s.x = s.x[:, torch.arange(n - 1, -1, -1)] * 0.5 + s.x
+    elif how == "masked":
+        s.x = torch.ops.aten.index_put(s.x, [s.make.flags(b, n)], s.make.user(c))
     else:
         s.x = torch.ops.aten.index_put(s.x, [None, s.make.index((1,), n)], s.make.user(b, 1, c))
 
@@ -563,7 +565,7 @@ def move_tokens(s: State, how: str = "first", pick: int = 0) -> None:
         s.x = torch.cat([b_, a, s.linear(b_, c)], 1)
 
 
-@_into(BLOCKS, pick=PICK, how=("depthwise", "full", "line", "pool", "up"))
+@_into(BLOCKS, pick=PICK, how=("depthwise", "full", "line", "pool", "up", "down", "transposed", "wide"))
 def spatial(s: State, pick: int = 0, how: str = "depthwise") -> None:
     """The tokens as a picture [B, C, h, w], through a window, and back."""
     b, n, c = s.x.shape
@@ -577,8 +579,15 @@ def spatial(s: State, pick: int = 0, how: str = "depthwise") -> None:
             y = F.conv2d(x, s.make.weight(c, 1, 3, 3), s.make.weight(c), padding=1, groups=c)
         elif how == "full":
             y = F.conv2d(x, s.make.weight(c, c, 3, 3), padding=1)
+        elif how == "wide":
+            y = F.conv2d(x, s.make.weight(c, c, 5, 1), s.make.weight(c), padding=(4, 0), dilation=(2, 1))
         elif how == "pool":
             y = F.avg_pool2d(x, 3, stride=1, padding=1)
+        elif how == "down":
+            y = F.conv2d(x, s.make.weight(c, c, 3, 3), s.make.weight(c), stride=2, padding=1)
+            y = torch.ops.fastpar.resample(y, [h, n // h], None, "nearest", None, False)
+        elif how == "transposed":
+            y = F.conv_transpose2d(x, s.make.weight(c, c, 2, 2), stride=2).view(b, c, h, 2, n // h, 2).amax((3, 5))
         else:
             y = torch.ops.fastpar.resample(x, [2 * h, 2 * (n // h)], None, "nearest", None, False)
             y = y.view(b, c, h, 2, n // h, 2).mean((3, 5))

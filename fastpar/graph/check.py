@@ -97,11 +97,14 @@ def _node(node: fx.Node, stage: str, mesh: Mesh) -> None:
         else:
             _change(node, str(node.args[1]), str(node.args[2]), node.args[0], layout)
     elif getattr(node.target, "__name__", "") == "getitem":
-        if isinstance(value, torch.Tensor) and layout != node.args[0].meta["layout"][node.args[1]]:  # type: ignore[union-attr,index]
-            _fail(node, f"is noted as {layout}, other than what it is taken from")
+        source: Any = node.args[0]
+        if isinstance(value, torch.Tensor) and layout != source.meta["layout"][node.args[1]]:
+            _fail(node, f"is noted as {layout}, other than in what it is taken from")
     elif any(isinstance(v, torch.Tensor) for v in (value if isinstance(value, (tuple, list)) else [value])):
-        if stage != "sharded" and is_attention(node) and not node.args[1].meta["layout"].dims[-2].is_whole:  # type: ignore[union-attr]
-            _fail(node, f"has split keys, in a program that is {stage}: no pass gave it a schedule")
+        if stage != "sharded" and is_attention(node):
+            keys: Layout = node.args[1].meta["layout"]  # type: ignore[union-attr]
+            if not keys.dims[-2].is_whole:
+                _fail(node, f"has split keys in a program that is {stage}: no pass gave it a schedule")
         _infer(node, mesh)
 
 

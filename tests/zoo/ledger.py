@@ -46,8 +46,8 @@ def lost(cases: Cases) -> Iterator[str]:
 
 
 def tolerance(dtype: str) -> float:
-    """How far captured graphs may be from eager: they are the same operators, but in other kernels."""
-    return 1e-9 if dtype == "float64" else 1e-4
+    """How far captured graphs may be from eager: the same operators in other kernels, some in float32 in any case."""
+    return 1e-7 if dtype == "float64" else 1e-5
 
 
 def gone(before: Cases, now: Cases) -> list[str]:
