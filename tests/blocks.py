@@ -593,4 +593,3 @@ def spatial(s: State, pick: int = 0, how: str = "depthwise") -> None:
             y = y.view(b, c, h, 2, n // h, 2).mean((3, 5))
         y = y.flatten(2)
     s.x = s.x + y.transpose(1, 2)
-

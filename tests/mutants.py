@@ -11,20 +11,21 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import multiprocessing
 import os
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYOUT, CASES = "tests/test_layout.py", "tests/test_cases.py"
+CONTROL = "(none: the copy as it is must survive)"
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,8 @@ MUTANTS = (
     ),
     Mutant(
         "a slice keeps one row too many", "fastpar/rules/views.py",
-        "(rows >= start) & (rows < stop)", "(rows >= start) & (rows <= stop)", plan("text in front and behind, cut across"),
+        "(rows >= start) & (rows < stop)", "(rows >= start) & (rows <= stop)",
+        plan("text in front and behind, cut across"),
     ),
     Mutant(
         "a slice with a step takes any rows for a slice", "fastpar/rules/views.py",
@@ -221,18 +223,16 @@ MUTANTS = (
 )  # fmt: skip
 
 
-@contextmanager
-def copied(folder: Path) -> Iterator[Path]:
+def copied(folder: Path) -> Path:
     """A copy of what is imported and tested."""
-    with tempfile.TemporaryDirectory(dir=folder) as name:
-        tree = Path(name).resolve()
-        ignore = shutil.ignore_patterns("__pycache__", "*.safetensors")
-        shutil.copytree(ROOT / "fastpar", tree / "fastpar", ignore=ignore)
-        for inside in ("passes", "backends"):
-            shutil.copytree(ROOT / inside, tree / "fastpar" / inside, ignore=ignore)
-        shutil.copytree(ROOT / "tests", tree / "tests", ignore=ignore)
-        shutil.copy(ROOT / "pyproject.toml", tree)
-        yield tree
+    tree = Path(tempfile.mkdtemp(dir=folder)).resolve()
+    ignore = shutil.ignore_patterns("__pycache__", "*.safetensors")
+    shutil.copytree(ROOT / "fastpar", tree / "fastpar", ignore=ignore)
+    for inside in ("passes", "backends"):
+        shutil.copytree(ROOT / inside, tree / "fastpar" / inside, ignore=ignore)
+    shutil.copytree(ROOT / "tests", tree / "tests", ignore=ignore)
+    shutil.copy(ROOT / "pyproject.toml", tree)
+    return tree
 
 
 def mutated(mutant: Mutant, tree: Path) -> bool:
@@ -243,74 +243,71 @@ def mutated(mutant: Mutant, tree: Path) -> bool:
     return text.count(mutant.old) == 1
 
 
-def forked(tree: Path, work: Callable[[], int], seconds: float = 300) -> tuple[int | None, str]:
-    """(exit code, output) of ``work`` in a child that imports this package and its tests from ``tree``.
+@dataclass
+class Run:
+    """pytest in a child that imports this package and its tests from ``tree``.
 
-    A fork, because torch is imported already and takes longer than most of the tests. The code is None
-    where it took too long.
+    A fork, because torch is imported already and takes longer than most of the tests.
     """
-    log = tree / "log.txt"
 
-    def child() -> None:
-        with log.open("wb") as out:
-            os.dup2(out.fileno(), 1)
-            os.dup2(out.fileno(), 2)
-        os.chdir(tree)
-        for name in [n for n in sys.modules if n.split(".")[0] in ("fastpar", "tests")]:
-            del sys.modules[name]
-        sys.path[:] = [str(tree), *(p for p in sys.path if Path(p).resolve() != ROOT)]
-        sys.exit(work())
+    tree: Path
+    tests: tuple[str, ...]
+    process: Any = None
 
-    process = multiprocessing.get_context("fork").Process(target=child)
-    process.start()
-    process.join(seconds)
-    code = process.exitcode
-    if code is None:
-        process.kill()
-        process.join()
-    return code, log.read_text(errors="replace")
+    def start(self) -> Run:
+        self.process = multiprocessing.get_context("fork").Process(target=self._child)
+        self.process.start()
+        return self
 
+    def _child(self) -> None:
+        code = 99
+        with (self.tree / "log.txt").open("wb") as log:
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+        try:
+            os.chdir(self.tree)
+            for name in [n for n in sys.modules if n.split(".")[0] in ("fastpar", "tests")]:
+                del sys.modules[name]
+            sys.path[:] = [str(self.tree), *(p for p in sys.path if Path(p).resolve() != ROOT)]
+            self._imports_the_copy()
+            import pytest
 
-def run_pytest(tests: tuple[str, ...]) -> int:
-    import pytest
+            options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--hypothesis-profile=mutants"]
+            code = int(pytest.main([*options, *self.tests]))
+        finally:
+            sys.stdout.flush()
+            os._exit(code)  # at once: what the parent would do at its end is not for the child to do
 
-    options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--hypothesis-profile=mutants"]
-    return int(pytest.main([*options, *tests]))
+    def _imports_the_copy(self) -> None:
+        for name in ("fastpar", "fastpar.passes", "fastpar.backends", "tests"):
+            found = importlib.util.find_spec(name)
+            places = list(found.submodule_search_locations or ()) if found is not None else []
+            if not places or not all(Path(p).is_relative_to(self.tree) for p in places):
+                print(f"{name} would be imported from {places}")
+                os._exit(98)
 
-
-def control(folder: Path) -> str:
-    """What is wrong with the copy as it is; nothing where all is well."""
-    with copied(folder) as tree:
-
-        def whole() -> int:
-            import fastpar
-            import fastpar.backends.simulate as backend
-            import fastpar.passes.shard as one
-
-            files = [Path(str(m.__file__)).resolve() for m in (fastpar, one, backend)]
-            if not all(f.is_relative_to(tree) for f in files):
-                print("the copy is not what is imported:", *files)
-                return 1
-            return run_pytest((LAYOUT, CASES))
-
-        code, output = forked(tree, whole, 600)
-        return "" if code == 0 else f"without a mutant (exit code {code}):\n{output[-3000:]}"
-
-
-def verdict(mutant: Mutant, folder: Path) -> tuple[str, str]:
-    """(what became of it, what killed it or why not)."""
-    with copied(folder) as tree:
-        if not mutated(mutant, tree):
-            return "NOT FOUND", mutant.file
-        code, output = forked(tree, lambda: run_pytest(mutant.tests))
-        if code == 1:
-            failed = [line for line in output.splitlines() if line.startswith("FAILED")]
-            return "killed", failed[0].removeprefix("FAILED ") if failed else ""
+    def finish(self, seconds: float = 300) -> tuple[int | None, str]:
+        """(exit code, output); the code is None where it took too long."""
+        self.process.join(seconds)
+        code = self.process.exitcode
         if code is None:
-            return "killed", "a test hangs"
-        if code == 0:
-            return "SURVIVED", " ".join(mutant.tests)
-        return "NOT RUN", output[-300:]  # 2: the copy is no Python any more; 4 and 5: there is no such test
+            self.process.kill()
+            self.process.join()
+        output = (self.tree / "log.txt").read_text(errors="replace")
+        shutil.rmtree(self.tree)
+        return code, output
+
+
+def verdict(code: int | None, output: str) -> tuple[str, str]:
+    """(what became of a mutant, what killed it or why it was not)."""
+    failed = [line for line in output.splitlines() if line.startswith("FAILED")]
+    if code == 1 and failed:
+        return "killed", failed[0].removeprefix("FAILED ")
+    if code is None:
+        return "killed", "a test hangs"
+    if code == 0:
+        return "SURVIVED", output.splitlines()[-1]
+    return "NOT RUN", output[-400:]  # no Python any more, or no test of that name
 
 
 def main() -> int:
@@ -324,19 +321,31 @@ def main() -> int:
     os.environ.update(CI="1", OMP_NUM_THREADS="1")
     for name in ("torch", "torch.fx.experimental.proxy_tensor", "pytest", "hypothesis", "numpy"):
         importlib.import_module(name)  # once, for all children
-    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(options.j) as pool:
-        folder = Path(name)
-        checked = None if options.only else pool.submit(control, folder)
-        verdicts = [pool.submit(verdict, m, folder) for m in chosen]
-        for mutant, found in zip(chosen, verdicts, strict=True):
-            outcome, detail = found.result()
-            bad += outcome != "killed"
-            print(f"{outcome:<9}  {mutant.name:<54}  {detail[:100]}", flush=True)
-        wrong = checked.result() if checked is not None else ""
-    print(f"{len(chosen) - bad} of {len(chosen)} mutants killed in {time.perf_counter() - begin:.0f} s")
-    if wrong:
-        print(wrong)
-    return int(bad > 0 or bool(wrong))
+    with tempfile.TemporaryDirectory() as name:
+        waiting: deque[tuple[str, Run | None]] = deque()
+
+        def ended() -> int:
+            what, run = waiting.popleft()
+            outcome, detail = (
+                verdict(*run.finish()) if run is not None else ("NOT FOUND", "its text is not in the file")
+            )
+            print(f"{outcome:<9}  {what:<56}  {detail if outcome == 'NOT RUN' else detail[:100]}", flush=True)
+            return outcome != ("SURVIVED" if what == CONTROL else "killed")
+
+        if not options.only:
+            waiting.append((CONTROL, Run(copied(Path(name)), (LAYOUT, CASES)).start()))
+        for mutant in chosen:
+            if len(waiting) >= options.j:
+                bad += ended()
+            tree = copied(Path(name))
+            waiting.append((mutant.name, Run(tree, mutant.tests).start() if mutated(mutant, tree) else None))
+        while waiting:
+            bad += ended()
+    print(
+        f"{len(chosen)} mutants in {time.perf_counter() - begin:.0f} s, "
+        + (f"{bad} not as it should be" if bad else "all killed")
+    )
+    return int(bad > 0)
 
 
 if __name__ == "__main__":

@@ -25,70 +25,114 @@ def joint(**options: object) -> tuple[tuple[str, dict[str, object]], ...]:
 
 
 PLANS = {
-    "joint attention, uneven, one text token": (Recipe(batch=2, tokens=11, heads=3, steps=joint(rope="half")), "ulysses=3"),
+    "joint attention, uneven, one text token": (
+        Recipe(batch=2, tokens=11, heads=3, steps=joint(rope="half")),
+        "ulysses=3",
+    ),
     "text in front and behind, cut across": (
-        Recipe(tokens=7, text=5, heads=2, steps=joint(cut="across", pick=2) + joint(text_first=False, mask="add", bits=15)),
+        Recipe(
+            tokens=7, text=5, heads=2, steps=joint(cut="across", pick=2) + joint(text_first=False, mask="add", bits=15)
+        ),
         "gather=3",
     ),
     "fewer tokens than ranks": (Recipe(tokens=3, text=2, heads=5, steps=joint(separate=True)), "ulysses=8"),
     "a mask of rows and heads": (
-        Recipe(batch=2, tokens=7, heads=4, steps=(("self_attention", {"mask": "bool", "bits": 14}),)), "ulysses=4",
+        Recipe(batch=2, tokens=7, heads=4, steps=(("self_attention", {"mask": "bool", "bits": 14}),)),
+        "ulysses=4",
     ),
     "a mask of rows and keys on a ring": (
-        Recipe(batch=2, tokens=7, heads=2, text=4, steps=joint(mask="add", bits=13)), "ring=3",
+        Recipe(batch=2, tokens=7, heads=2, text=4, steps=joint(mask="add", bits=13)),
+        "ring=3",
     ),
     "an empty block of keys on a ring": (Recipe(tokens=3, heads=2, steps=(("self_attention", {}),)), "ring=5"),
     "rows that see no key on a ring": (
-        Recipe(tokens=7, heads=2, steps=(("self_attention", {"mask": "blind", "bits": 12}),)), "ring=3",
+        Recipe(tokens=7, heads=2, steps=(("self_attention", {"mask": "blind", "bits": 12}),)),
+        "ring=3",
     ),
     "causal with a scale of its own": (
-        Recipe(tokens=7, heads=2, steps=(("odd_heads", {"causal": True, "scale": 0.3, "kv": "same"}),)), "ulysses=2",
+        Recipe(tokens=7, heads=2, steps=(("odd_heads", {"causal": True, "scale": 0.3, "kv": "same"}),)),
+        "ulysses=2",
     ),
     "grouped heads that do not divide": (
-        Recipe(tokens=7, heads=6, width=2, steps=(("odd_heads", {"kv": "grouped", "pick": 1}),)), "ulysses=2",
+        Recipe(tokens=7, heads=6, width=2, steps=(("odd_heads", {"kv": "grouped", "pick": 1}),)),
+        "ulysses=2",
     ),
     "grouped heads in a ring": (
-        Recipe(tokens=9, heads=4, width=2, steps=(("odd_heads", {"kv": "grouped", "pick": 1}),)), "ulysses=2,ring=2",
+        Recipe(tokens=9, heads=4, width=2, steps=(("odd_heads", {"kv": "grouped", "pick": 1}),)),
+        "ulysses=2,ring=2",
     ),
     "one key head for all": (Recipe(tokens=7, heads=4, steps=(("odd_heads", {"kv": "one"}),)), "ulysses=4"),
     "heads merged with the batch": (
-        Recipe(batch=2, tokens=5, heads=3, steps=(("flat_attention", {"merged": True}),)), "ulysses=3",
+        Recipe(batch=2, tokens=5, heads=3, steps=(("flat_attention", {"merged": True}),)),
+        "ulysses=3",
     ),
     "cross attention to pooled tokens": (
         Recipe(tokens=7, text=3, heads=2, steps=(("cross_attention", {"pooled": True, "mask": "bool", "bits": 12}),)),
         "gather=4",
     ),
-    "space, then time": (Recipe(tokens=12, heads=2, steps=(("factorised", {}), ("factorised", {"how": "five"}))), "gather=3"),
-    "linear attention": (Recipe(batch=2, tokens=11, heads=2, steps=(("linear_attention", {"normalised": True}),)), "ulysses=3"),
+    "space, then time": (
+        Recipe(tokens=12, heads=2, steps=(("factorised", {}), ("factorised", {"how": "five"}))),
+        "gather=3",
+    ),
+    "linear attention": (
+        Recipe(batch=2, tokens=11, heads=2, steps=(("linear_attention", {"normalised": True}),)),
+        "ulysses=3",
+    ),
     "means over uneven rows": (
-        Recipe(tokens=7, steps=(("self_attention", {}), ("reduce_tokens", {"how": "mean"}), ("reduce_tokens", {"how": "all"}))),
+        Recipe(
+            tokens=7,
+            steps=(("self_attention", {}), ("reduce_tokens", {"how": "mean"}), ("reduce_tokens", {"how": "all"})),
+        ),
         "gather=3",
     ),
     "group norm over uneven rows": (
-        Recipe(tokens=7, heads=2, steps=(("self_attention", {}), ("normalise", {"kind": "group"}))), "gather=3",
+        Recipe(tokens=7, heads=2, steps=(("self_attention", {}), ("normalise", {"kind": "group"}))),
+        "gather=3",
     ),
     "the largest of all rows": (
-        Recipe(tokens=7, steps=(("self_attention", {}), ("reduce_tokens", {"how": "amax"}))), "gather=3",
+        Recipe(tokens=7, steps=(("self_attention", {}), ("reduce_tokens", {"how": "amax"}))),
+        "gather=3",
     ),
     "every second row of two segments": (
-        Recipe(tokens=7, text=5, heads=2, steps=joint(cut="stride", pick=1) + (("self_attention", {}),)), "gather=3",
+        Recipe(tokens=7, text=5, heads=2, steps=joint(cut="stride", pick=1) + (("self_attention", {}),)),
+        "gather=3",
     ),
     "tiles and interleaved copies": (
-        Recipe(tokens=5, heads=2, steps=(
-            ("repeated", {"how": "tile_cut", "pick": 3, "attention": True}),
-            ("repeated", {"how": "interleave", "attention": True}),
-        )), "ulysses=2",
+        Recipe(
+            tokens=5,
+            heads=2,
+            steps=(
+                ("repeated", {"how": "tile_cut", "pick": 3, "attention": True}),
+                ("repeated", {"how": "interleave", "attention": True}),
+            ),
+        ),
+        "ulysses=2",
     ),
     "a ring over several copies of the tokens": (
-        Recipe(tokens=5, heads=2, steps=(("self_attention", {}), ("repeated", {"how": "expand", "attention": True}),
-                                         ("repeated", {"how": "tile", "attention": True}))), "ulysses=2,ring=2",
+        Recipe(
+            tokens=5,
+            heads=2,
+            steps=(
+                ("self_attention", {}),
+                ("repeated", {"how": "expand", "attention": True}),
+                ("repeated", {"how": "tile", "attention": True}),
+            ),
+        ),
+        "ulysses=2,ring=2",
     ),
     "a convolution over uneven rows": (
-        Recipe(tokens=9, heads=2, steps=(("self_attention", {}), ("spatial", {"how": "full"}), ("spatial", {"how": "line"}))),
+        Recipe(
+            tokens=9,
+            heads=2,
+            steps=(("self_attention", {}), ("spatial", {"how": "full"}), ("spatial", {"how": "line"})),
+        ),
         "gather=4",
     ),
-    "tokens and the batch": (Recipe(batch=2, tokens=7, heads=2, text=3, steps=joint() + (("guidance", {}),)), "cfg=2,ulysses=2"),
-}  # fmt: skip
+    "tokens and the batch": (
+        Recipe(batch=2, tokens=7, heads=2, text=3, steps=joint() + (("guidance", {}),)),
+        "cfg=2,ulysses=2",
+    ),
+}
 
 BY_HAND = {
     "axes in another order than the mesh": (
@@ -122,21 +166,24 @@ def test_pipeline(name: str) -> None:
 
 OPERATORS = {
     "a sum over rows that some ranks hold and rows that all hold": (
-        lambda x: (x.sum(1), x.mean((0, 1))), ["[2, 3+4@sp(1,3), 5]"],
+        lambda x: (x.sum(1), x.mean((0, 1))),
+        ["[2, 3+4@sp(1,3), 5]"],
     ),
     "products over a split dimension": (
-        lambda a, b: (a @ b, (a @ b).relu() @ b.t()), ["[3, 7@sp(2,5)]", "[7@sp(2,5), 4@ring(1,3)]"],
+        lambda a, b: (a @ b, (a @ b).relu() @ b.t()),
+        ["[3, 7@sp(2,5)]", "[7@sp(2,5), 4@ring(1,3)]"],
     ),
     "copies in front of every dimension": (lambda x: (x.repeat(3, 1, 2) * 2,), ["[2, 5@sp(3,2), 4@ring(0,4)]"]),
     "a slice of a product": (lambda x: (x[3:9] + 1, x[::2] * 2), ["[3@ring(1,2)*4@sp(1,3), 2]"]),
     "slices with a step of several segments": (
-        lambda x: (x[1::2] + 1, x[::3] * 2), ["[3@sp(1,2)+5@sp(4,1)+2@sp(1*2), 2]"],
+        lambda x: (x[1::2] + 1, x[::3] * 2),
+        ["[3@sp(1,2)+5@sp(4,1)+2@sp(1*2), 2]"],
     ),
     "rows written by index": (
         lambda x, v: (torch.ops.aten.index_put(x, [None, torch.tensor([2, 0])], v),),
         ["[2, 5@sp(3,2), 4@ring(0,4)]", "[2, 2, 4@ring(0,4)]"],
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", OPERATORS)
@@ -144,6 +191,8 @@ def test_operator(name: str) -> None:
     """Operators as they are, nothing decomposed, on inputs that are laid out as no plan would."""
     function, layouts = OPERATORS[name]
     shapes = [Layout.parse(text).shape for text in layouts]
-    args = [torch.randn(s, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) for i, s in enumerate(shapes)]
+    args = [
+        torch.randn(s, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) for i, s in enumerate(shapes)
+    ]
     way = Way(RING_SP, f"{Lay(tuple(layouts)).spec()},lower")
     assert prove(traced(function, args, table={}), way, PASSES).split
