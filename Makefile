@@ -18,8 +18,7 @@ endif
 
 # Workers of pytest-xdist share the cores; with torch's own threads on top, two of them run slower than one.
 TEST_ENV := OMP_NUM_THREADS=1
-# loadgroup: tests that share a captured model or a set of processes (marker xdist_group) stay in one worker.
-PYTEST := $(TEST_ENV) $(PY) -m pytest -q -n 2 --dist loadgroup
+PYTEST := $(TEST_ENV) $(PY) -m pytest -q -n 2
 
 .PHONY: demo test test-all zoo mutants lint types bench gpu clean
 

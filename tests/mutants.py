@@ -47,10 +47,6 @@ def plan(name: str) -> tuple[str, ...]:
     return (f"{CASES}::test_plan[{name}]",)
 
 
-def by_hand(name: str) -> tuple[str, ...]:
-    return (f"{CASES}::test_pipeline[{name}]",)
-
-
 def operator(name: str) -> tuple[str, ...]:
     return (f"{CASES}::test_operator[{name}]",)
 
@@ -78,7 +74,7 @@ MUTANTS = (
     Mutant(
         "parts that adjoin are not joined", "passes/attention_ulysses.py",
         "step = mesh.size(seg.axes) // mesh.size(kept)", "step = 1",
-        by_hand("heads on one of three axes, keys gathered over the others"),
+        plan("grouped heads in a ring"),
     ),
     # -- slices and copies
     Mutant(
@@ -213,7 +209,7 @@ MUTANTS = (
     Mutant(
         "two changes of layout joined to the middle one", "passes/cancel.py",
         "node.args = (inner.args[0], str(src), str(dst))", "node.args = (inner.args[0], str(src), str(middle))",
-        plan("space, then time"),
+        (f"{CASES}::test_an_attention_on_the_result_of_another_keeps_its_heads",),
     ),
     Mutant(
         "rank 0's sizes for every rank", "passes/localise.py",

@@ -16,6 +16,7 @@ from tests.scatter import PASSES, Lay
 
 torch.set_num_threads(1)
 
+SP = Mesh((("sp", 2),))
 RING_SP = Mesh((("ring", 2), ("sp", 2)))
 ABC = Mesh((("a", 2), ("b", 2), ("c", 2)))
 
@@ -75,7 +76,7 @@ PLANS = {
         "gather=3",
     ),
     "linear attention": (
-        Recipe(batch=2, tokens=11, heads=2, steps=(("linear_attention", {"normalised": True}),)),
+        Recipe(batch=2, tokens=11, heads=2, steps=(("self_attention", {}), ("linear_attention", {"normalised": True}))),
         "ulysses=3",
     ),
     "means over uneven rows": (
@@ -173,7 +174,7 @@ OPERATORS = {
         lambda a, b: (a @ b, (a @ b).relu() @ b.t()),
         ["[3, 7@sp(2,5)]", "[7@sp(2,5), 4@ring(1,3)]"],
     ),
-    "copies in front of every dimension": (lambda x: (x.repeat(3, 1, 2) * 2,), ["[2, 5@sp(3,2), 4@ring(0,4)]"]),
+    "copies in front of every dimension": (lambda x: (x.repeat(3, 1, 2) * 2,), ["[2, 5@sp(3,2), 4@ring(1,3)]"]),
     "a slice of a product": (lambda x: (x[3:9] + 1, x[::2] * 2), ["[3@ring(1,2)*4@sp(1,3), 2]"]),
     "slices with a step of several segments": (
         lambda x: (x[1::2] + 1, x[::3] * 2),
@@ -184,6 +185,18 @@ OPERATORS = {
         ["[2, 5@sp(3,2), 4@ring(0,4)]", "[2, 2, 4@ring(0,4)]"],
     ),
 }
+
+
+def test_an_attention_on_the_result_of_another_keeps_its_heads() -> None:
+    """To tokens and back to heads is nothing: ``cancel`` joins what it finds in a row."""
+
+    def function(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        first = torch.ops.fastpar.attention(x, x, x)
+        return (torch.ops.fastpar.attention(first, first, first, None, False, 0.5),)
+
+    case = traced(function, [torch.randn(1, 4, 7, 3, dtype=torch.float64)])
+    joined, apart = (prove(case, Way(SP, f"shard,attention-ulysses,{step}lower")) for step in ("cancel,", ""))
+    assert joined.collectives.total() < apart.collectives.total()
 
 
 @pytest.mark.parametrize("name", OPERATORS)

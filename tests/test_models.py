@@ -2,7 +2,7 @@
 
 The full matrix (model x prompt length x size x dtype, each under plan x ranks) takes most of an hour and is marked
 ``slow``. The default run takes a seeded sample of it that covers pairs of values. A model is captured once for
-all plans, which is why a test is one capture.
+all that is asked of it, which is why a test is one capture.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def rest() -> list[Capture]:
     return [c for c in captures() if c.dtype == "float64" or (c.text in (0, 77) and c.size == "odd")]
 
 
-@lru_cache(maxsize=16)  # the sample's; a capture takes seconds
+@lru_cache(maxsize=1)
 def captured(c: Capture) -> fastpar.Captured:
     torch.set_num_threads(1)
     torch._dynamo.reset()
@@ -131,18 +131,15 @@ def verified(c: Capture, under: list[tuple[str, int]]) -> list[str]:
     return failures
 
 
-def grouped(chosen: list[Capture]) -> list[object]:
-    """Parameters that xdist keeps in one process per capture (under --dist loadgroup)."""
-    return [pytest.param(c, id=str(c), marks=pytest.mark.xdist_group(str(c))) for c in chosen]
-
-
-@pytest.mark.parametrize("c", grouped(list(sample())))
+@pytest.mark.parametrize("c", sample(), ids=str)
 def test_sample(c: Capture) -> None:
     assert verified(c, sample()[c]) == []
+    if c in COLLECTIVES:
+        COLLECTIVES[c](c)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("c", grouped(rest()))
+@pytest.mark.parametrize("c", rest(), ids=str)
 def test_matrix(c: Capture) -> None:
     assert verified(c, list(itertools.product(PLANS, RANKS))) == []
 
@@ -175,47 +172,42 @@ def lengths(c: Capture) -> list[tuple[int, int]]:
     return [(q, k) for q, k in shapes]
 
 
-@pytest.mark.xdist_group(str(PIXART))
-@pytest.mark.parametrize(("plan", "each"), [("ulysses=3", 4), ("gather=4", 2)])
-def test_pixart_cross_attention_needs_no_collective(plan: str, each: int) -> None:
-    attentions = lengths(PIXART)
-    own = [x for x in attentions if x == (77, 77)]
-    assert len(own) == 2 and attentions.count((77, 333)) == 2
-    assert count(PIXART, plan) == {"attention": each * len(own), "output": 1}
+def cross_attention_needs_none(c: Capture) -> None:
+    """Keys and values of the prompt are whole everywhere, so only self-attention communicates."""
+    attentions = lengths(c)
+    assert attentions.count((77, 77)) == attentions.count((77, c.text)) == 2
+    assert count(c, "ulysses=3") == {"attention": 4 * 2, "output": 1}
+    assert count(c, "gather=4") == {"attention": 2 * 2, "output": 1}
 
 
-@pytest.mark.xdist_group(str(WAN))
-@pytest.mark.parametrize(("plan", "each"), [("ulysses=3", 4), ("gather=4", 2)])
-def test_wan_cross_attention_needs_no_collective(plan: str, each: int) -> None:
-    attentions = lengths(WAN)
-    own = [x for x in attentions if x == (77, 77)]
-    assert len(own) == 2 and attentions.count((77, 333)) == 2
-    assert count(WAN, plan) == {"attention": each * len(own), "output": 1}
-
-
-@pytest.mark.xdist_group(str(LATTE_ODD))
-def test_latte_attends_to_whole_frames_or_to_whole_time_without_a_collective() -> None:
+def one_of_space_and_time_needs_none(c: Capture) -> None:
+    """Latte attends within a frame, then across frames: the one whose tokens are whole is local."""
     frames, tokens = 7, 77
-    attentions = lengths(LATTE_ODD)
+    attentions = lengths(c)
     space, time = attentions.count((tokens, tokens)), attentions.count((frames, frames))
     assert space and time
-    built = build(captured(LATTE_ODD).programs[0].program, "ulysses=3")
+    built = build(captured(c).programs[0].program, "ulysses=3")
     split = {n.meta["val"].shape[-2] for n in built.lowered.graph.nodes if n.meta.get("split_keys")}
-    assert len(split) == 1  # one of the two
+    assert len(split) == 1
     expected = space if split == {tokens} else time
-    assert count(LATTE_ODD, "ulysses=3") == {"attention": 4 * expected, "output": 1}
+    assert count(c, "ulysses=3") == {"attention": 4 * expected, "output": 1}
 
 
-@pytest.mark.xdist_group(str(FLUX_EVEN))
-def test_flux_sends_what_the_formula_says() -> None:
-    report = fastpar.explain(captured(FLUX_EVEN), plan="ulysses=3")
-    attentions = lengths(FLUX_EVEN)
-    assert attentions == [(453, 453)] * 4
+def flux_sends_what_the_formula_says(c: Capture) -> None:
+    report = fastpar.explain(captured(c), plan="ulysses=3")
+    assert lengths(c) == [(453, 453)] * 4
     counts = {(x.kind, x.why): x.count for x in report.collectives}
     assert counts == {("all_to_all", "attention"): 4 * 4, ("all_gather", "output"): 1}
     assert report.fallbacks == []
     assert report.bytes_formula <= report.bytes_per_rank <= 1.05 * report.bytes_formula
 
+
+COLLECTIVES = {
+    FLUX_EVEN: flux_sends_what_the_formula_says,
+    PIXART: cross_attention_needs_none,
+    WAN: cross_attention_needs_none,
+    LATTE_ODD: one_of_space_and_time_needs_none,
+}
 
 # -- masks of every broadcast shape ---------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from filelock import FileLock
 
 SCRIPT = Path(__file__).parent / "scripts" / "user.py"
 FLOAT32 = 2e-6  # relative; eager itself is about 2e-7 from float64
@@ -55,12 +56,18 @@ def exact(result: dict[str, Any], distinct: int) -> None:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """What a user does on two processes, and what ranks do that are not of one mind."""
+    """What a user does on two processes, and what ranks do that are not of one mind.
+
+    Workers of xdist share one launch: the first one makes it, the others wait for its files.
+    """
     tasks = ("prompts", "gather", "resolutions", "steps", "without_rows", "verify_and_dump", *DIFFER, "after", "absent")
-    return launch(tmp_path_factory.mktemp("two"), 2, *tasks)[0]
-
-
-pytestmark = pytest.mark.xdist_group("processes")  # the fixture is made once
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "two"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "1.json").exists():
+            folder.mkdir(exist_ok=True)
+            launch(folder, 2, *tasks)
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
 # -- two processes --------------------------------------------------------------------------------
