@@ -69,14 +69,20 @@ def _call(node: fx.Node, env: dict[fx.Node, list[Any]], localiser: Localiser, ra
 
 def _attention(node: fx.Node, env: dict[fx.Node, list[Any]], mesh: Mesh) -> list[Any]:
     """Attention over split keys means: as if every rank had all of them."""
-    moved = dict(env)
+    gathered: dict[int, list[Any]] = {}
     for i in (1, 2):
         operand: fx.Node = node.args[i]  # type: ignore[assignment]
         layout: Layout = operand.meta["layout"]
         whole = layout.with_dim(len(layout.dims) - 2, Dim.whole(layout.dims[-2].size))
-        moved[operand] = across(env[operand], layout, whole, mesh)
+        gathered[i] = across(env[operand], layout, whole, mesh)
     localiser = Localiser(mesh)
-    return [_call(node, moved, localiser, r) for r in range(mesh.ranks)]
+    out = []
+    for rank in range(mesh.ranks):
+        target, args, kwargs = localiser.call(node, rank)
+        args, kwargs = fx.map_arg((args, kwargs), lambda n, r=rank: env[n][r])  # type: ignore[misc]
+        # by position: q, k and v may be one value, and q stays the rank's own rows
+        out.append(target(*(gathered[i][rank] if i in gathered else a for i, a in enumerate(args)), **kwargs))
+    return out
 
 
 def _redistribute(node: fx.Node, env: dict[fx.Node, list[Any]], mesh: Mesh) -> list[Any]:
