@@ -23,8 +23,8 @@ def torchrun(*plans: str) -> str:
 
 @pytest.mark.distributed
 def test_replicas_and_several_axes() -> None:
-    lines = torchrun().splitlines()
-    assert sum("off by" in line for line in lines) == 3 * 4
+    # occurrences, not lines: four processes share one stdout, and their line ends may come late
+    assert torchrun().count("off by") == 3 * 4
 
 
 @pytest.mark.distributed

@@ -37,7 +37,7 @@ def main() -> int:
             for _ in range(2):
                 off = float((compiled(*given) - whole).abs().max())
                 worst = max(worst, off)
-            print(f"rank {dist.get_rank()}: {options['plan']} off by {off:.1e}", flush=True)
+            print(f"rank {dist.get_rank()}: {options['plan']} off by {off:.1e}\n", end="", flush=True)
     dist.destroy_process_group()
     return int(not worst <= TOLERANCE)
 
