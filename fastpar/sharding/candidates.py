@@ -58,6 +58,7 @@ class Walk:
     def __init__(self, all_operands: bool = False) -> None:
         self.all_operands = all_operands
         self._calls: dict[fx.Node, Call] = {}
+        self._seeds: dict[tuple[fx.Node, Pos], frozenset[Seed]] = {}
 
     def call(self, node: fx.Node) -> Call:
         if node not in self._calls:
@@ -80,21 +81,28 @@ class Walk:
         return [(call.operands[i], p) for i, p in found]
 
     def seeds(self, node: fx.Node, pos: Pos) -> frozenset[Seed]:
-        """Where the rows ``pos`` of ``node`` first are one dimension of a value."""
-        seeds: set[Seed] = set()
-        seen: set[tuple[fx.Node, Pos]] = set()
+        """Where the rows ``pos`` of ``node`` first are one dimension of a value.
+
+        What was found for one attention is kept: in a residual stream the next one comes past the same
+        values, and reading them again each time would make the walk quadratic in depth.
+        """
         todo = [(node, pos)]
+        read: dict[tuple[fx.Node, Pos], list[tuple[fx.Node, Pos]]] = {}
         while todo:
-            at = todo.pop()
-            if at in seen:
+            at = todo[-1]
+            if at in self._seeds:
+                todo.pop()
                 continue
-            seen.add(at)
-            sources = self.sources(*at)
-            if sources:
-                todo += sources
-            elif at[1].size > 1:
-                seeds.add(Seed(*at))
-        return frozenset(seeds)
+            sources = read[at] = read[at] if at in read else self.sources(*at)
+            missing = [source for source in sources if source not in self._seeds]
+            if missing:
+                todo += missing
+                continue
+            todo.pop()
+            found = {self._seeds[source] for source in sources}
+            own = frozenset([Seed(*at)]) if not sources and at[1].size > 1 else frozenset()
+            self._seeds[at] = found.pop() if len(found) == 1 else own.union(*found)
+        return self._seeds[node, pos]
 
 
 def find(graph: fx.Graph) -> list[Candidate]:
