@@ -27,6 +27,7 @@ from fastpar.run.agree import agree, compiling, meet
 from fastpar.run.artefact import Artefact, Runner
 from fastpar.run.build import Built, build
 from fastpar.run.groups import check_device, group_of, need_group, process_groups, world
+from fastpar.run.stream import Dealt, ends_frame, frame_counter
 
 log = logging.getLogger("fastpar")
 
@@ -51,11 +52,14 @@ def fastpar(
     group = group_of((options or {}).get("mesh"))
     with compiling(group):
         chosen = Options.from_user(options, mode)
-        return compile_fx(gm, example_inputs, lambda program: finish(program, chosen, group))
+        return compile_fx(gm, example_inputs, lambda program: finish(program, chosen, group, ends_frame(gm)))
 
 
-def finish(program: Program, options: Options, group: Any) -> Runner:
-    """One captured program to the function that runs this rank's share of it."""
+def finish(program: Program, options: Options, group: Any, last: bool = False) -> Runner:
+    """One captured program to the function that runs this rank's share of it.
+
+    ``last``: its results go to the user, so that those which come from other ranks may come late.
+    """
     rank, ranks = world(group)
     need_group(group, max(ranks, 1 if options.plan.auto else options.plan.degree))
     device = _device(program)
@@ -71,11 +75,15 @@ def finish(program: Program, options: Options, group: Any) -> Runner:
     dump = dumper(Path(options.dump) / f"rank{rank}" / f"graph{number}") if options.dump else None
     built = build(program, options.plan, ranks, options.passes, callback=dump)
     agree(_fields(built, lowering), group, options.timeout)
-    groups = process_groups(built.lowered.graph, built.mesh, group)
+    dealt = (built.dealt,) if built.dealt else ()
+    groups = process_groups(built.lowered.graph, built.mesh, group, [dealt] if dealt else [])
     local = built.localise(rank, groups)
     if dump is not None:
         dump(None, local, None, 0.0)
     runner: Runner = LOWERINGS[lowering]()(local)
+    if dealt:
+        me, degree = built.mesh.coordinate(rank, dealt), built.mesh.size(dealt)
+        runner = Dealt(runner, program, me, degree, groups[dealt], frame_counter(), last)
     if rank == 0:
         _announce(built, lowering, time.perf_counter() - begin)
     meet(group, options.timeout)  # compile skew ends here, not in the first collective's watchdog

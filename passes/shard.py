@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import fx
 
 from fastpar.core.errors import PlanError
@@ -18,7 +19,7 @@ from fastpar.core.mesh import Mesh
 from fastpar.graph.pipeline import Pass, PassContext
 from fastpar.graph.program import Program, module_of
 from fastpar.sharding.candidates import Candidate, Seed, find, find_batch, is_attention
-from fastpar.sharding.insert import Inserter, Sharded
+from fastpar.sharding.insert import Inserter, Sharded, heavy_ahead
 from fastpar.sharding.work import busiest
 
 REPEATED = 1.25  # work of the busiest rank over the least that any choice leaves it: more, and rows were missed
@@ -40,7 +41,7 @@ class Shard(Pass):
         if unknown:
             raise PlanError(f"shard: axis {unknown[0]!r} is not on the mesh, which has {list(mesh.names)}")
         tokens = tuple(a for a in self.axes or mesh.names if a != "cfg")
-        batch = self._batch(program.graph) if "cfg" in mesh.names else []
+        batch = self._batch(program, ctx) if "cfg" in mesh.names else []
         candidates = find(program.graph)
         best = self._best(program.graph, mesh, tokens, candidates, batch, ctx)
         gm = module_of(program.gm, best.graph, "Sharded")
@@ -54,14 +55,20 @@ class Shard(Pass):
         gm.recompile()
         return out
 
-    def _batch(self, graph: fx.Graph) -> list[tuple[Seed, tuple[str, ...]]]:
-        candidate = find_batch(graph)
-        if candidate is None:
-            raise PlanError(
-                "cfg=2 splits guidance that runs as a batch, and this graph has a batch of 1: the model is called "
-                "once per branch, which cfg=2 does not split yet; leave the term out, or pass both branches as a batch"
+    def _batch(self, program: Program, ctx: PassContext) -> list[tuple[Seed, tuple[str, ...]]]:
+        """Seeds of the batch. Without one the axis splits nothing inside a call: whole calls are dealt along it."""
+        candidate = find_batch(program.graph)
+        if candidate is not None:
+            return [(seed, ("cfg",)) for seed in candidate.seeds]
+        if heavy_ahead(program.graph) and all(map(_dealable, program.outputs)):
+            program.gm.meta["dealt"] = "cfg"
+            n = ctx.mesh.size(("cfg",))
+            ctx.notes.append(
+                f"cfg={n}: this graph has no batch to split, so whole calls are dealt: call k runs on part k mod {n} "
+                "of the ranks. Shares and bytes are the mean over calls; a model that is called once per step gains "
+                "nothing"
             )
-        return [(seed, ("cfg",)) for seed in candidate.seeds]
+        return []
 
     def _best(
         self,
@@ -94,6 +101,11 @@ class Shard(Pass):
         if len(tried) > 1:
             ctx.notes.append("shard tried " + "; ".join(tried) + f"; chose {moved / 1e6:.3f} MB")
         return best
+
+
+def _dealable(output: object) -> bool:
+    """Whether an output can travel to ranks that did not compute it, or is known there."""
+    return not isinstance(output, fx.Node) or isinstance(output.meta.get("val"), torch.Tensor)
 
 
 def predicted_bytes(sharded: Sharded, mesh: Mesh) -> float:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import fastpar
-from fastpar.core.errors import PlanError
+from fastpar.graph.count import Collective
 
 torch.set_num_threads(1)
 
@@ -64,6 +64,12 @@ def test_odd_batches_are_cut_unevenly() -> None:
     assert fastpar.verify(Block().double().eval(), inputs(3), plan="cfg=2,ulysses=2").ok
 
 
-def test_guidance_in_separate_calls_is_a_clear_error() -> None:
-    with pytest.raises(PlanError, match="batch of 1"):
-        fastpar.explain(Block().double().eval(), inputs(1), plan="cfg=2")
+@pytest.mark.parametrize(("plan", "share"), [("cfg=2", 0.5), ("cfg=2,ulysses=2", 0.29), ("cfg=2,ring=2", 0.29)])
+def test_guidance_in_separate_calls_deals_them(plan: str, share: float) -> None:
+    torch.manual_seed(0)
+    report = fastpar.verify(Block().double().eval(), inputs(1), plan=plan)
+    assert report.ok and not report.fallbacks
+    assert report.flops_share <= share  # of 11 rows one of two ranks has 6
+    assert any("call k runs on part k mod 2" in note for note in report.notes)
+    assert report.bytes_per_rank <= 1.1 * report.bytes_formula
+    assert report.collectives[-1] == Collective("broadcast", "cfg", 11 * 12 * 8 // 2, 1, "", "output")

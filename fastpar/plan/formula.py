@@ -40,6 +40,12 @@ TEXT = {
 }
 
 
+def dealt_bytes(program: Program, degree: int) -> int:
+    """Bytes that leave a rank of the part that runs a dealt call: its results, to each of the others."""
+    values = [o.meta["val"] for o in program.outputs if isinstance(o, fx.Node) and o.op != "placeholder"]
+    return (degree - 1) * sum(v.numel() * v.element_size() for v in values if isinstance(v, torch.Tensor))
+
+
 @dataclass(frozen=True)
 class Volume:
     """Bytes that leave the busiest rank by the plan's closed form, and the form."""
@@ -49,19 +55,26 @@ class Volume:
 
 
 def volume(sharded: Program, plan: Plan, mesh: Mesh) -> Volume:
-    """The closed form for a lowered program's attentions with split keys, and its outputs."""
+    """The closed form for a lowered program's attentions with split keys, and its outputs.
+
+    Of calls that are dealt along an axis a rank runs one in ``deal``, over the other axes, and sends its results.
+    """
     total = 0.0
-    n = mesh.ranks
+    dealt = sharded.gm.meta.get("dealt")
+    deal = mesh.size((dealt,)) if dealt else 1
+    n = mesh.ranks // deal
     for node in sharded.graph.nodes:
         if n == 1:
             break
         if node.meta.get("split_keys") and node.target in (torch.ops.fastpar.attention.default, attention_lse):
-            total += _attention(node, plan, mesh)
+            total += _attention(node, plan, mesh, deal)
     for node in set(sharded.graph.output_node().all_input_nodes):
         if n > 1 and node.meta.get("why") == "output" or _from_output(node):
             value = node.meta["val"]
             if isinstance(value, torch.Tensor):
                 total += value.numel() * value.element_size() * (n - 1) / n
+    if dealt:
+        total = total / deal + dealt_bytes(sharded, deal) / deal
     return Volume(math.ceil(total), TEXT[_form(plan, mesh)])
 
 
@@ -94,11 +107,11 @@ def _from_output(node: fx.Node) -> bool:
     return False
 
 
-def _attention(node: fx.Node, plan: Plan, mesh: Mesh) -> float:
+def _attention(node: fx.Node, plan: Plan, mesh: Mesh, deal: int) -> float:
     q, k = (a.meta["val"] for a in node.args[:2])  # type: ignore[union-attr]
     size = q.element_size()
-    c = plan.cfg or 1  # each half of the batch is attended by its own ranks
-    n = mesh.ranks // c
+    n = mesh.ranks // (plan.cfg or 1)
+    c = (plan.cfg or 1) // deal  # each half of the batch is attended by its own ranks
     qs, ks = q.numel() / c, k.numel() / c
     if plan.gather:
         return 2 * ks * (n - 1) / n * size

@@ -33,6 +33,11 @@ class Built:
     notes: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)  # per pass, without the verifier
 
+    @property
+    def dealt(self) -> str | None:
+        """The mesh axis along which whole calls are dealt to the ranks (``fastpar.run.stream``), if any."""
+        return self.lowered.gm.meta.get("dealt")
+
     def localise(self, rank: int, groups: dict[tuple[str, ...], str] | None = None) -> Program:
         """The program of one rank; ``groups`` maps mesh axes to names of process groups."""
         begin = time.perf_counter()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -69,8 +70,10 @@ def axes_used(graph: fx.Graph, mesh: Mesh) -> list[tuple[str, ...]]:
     return list(found)
 
 
-def process_groups(graph: fx.Graph, mesh: Mesh, group: Any) -> dict[tuple[str, ...], str]:
-    """Name of the process group for every set of axes that a lowered program uses.
+def process_groups(
+    graph: fx.Graph, mesh: Mesh, group: Any, also: Sequence[tuple[str, ...]] = ()
+) -> dict[tuple[str, ...], str]:
+    """Name of the process group for every set of axes that a lowered program uses, and those in ``also``.
 
     Groups are made once and kept; all members make theirs in the order of the program, which
     ranks have agreed on. Making one synchronises its members only, so replicas do not meet.
@@ -80,7 +83,7 @@ def process_groups(graph: fx.Graph, mesh: Mesh, group: Any) -> dict[tuple[str, .
     ranks = dist.get_process_group_ranks(group)
     me = dist.get_rank(group)
     names: dict[tuple[str, ...], str] = {}
-    for axes in axes_used(graph, mesh):
+    for axes in [*axes_used(graph, mesh), *also]:
         members = mesh.group(me, axes)
         if len(members) == len(ranks):
             names[axes] = group.group_name

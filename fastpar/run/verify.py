@@ -21,9 +21,9 @@ from fastpar.core.plan import Plan
 from fastpar.graph import roofline
 from fastpar.graph.capture import Captured, Inputs, Recorded, call_arguments, capture, compile_fx
 from fastpar.graph.check import check_order
-from fastpar.graph.count import attainable, bytes_per_rank, collectives, flops, node_flops
+from fastpar.graph.count import Collective, attainable, bytes_per_rank, collectives, flops, node_flops
 from fastpar.graph.program import Program, source_line, target_name
-from fastpar.plan.formula import volume
+from fastpar.plan.formula import dealt_bytes, volume
 from fastpar.run.build import Built, build
 from fastpar.run.compare import (
     FLOAT64_TOLERANCE,
@@ -142,6 +142,8 @@ def _explained(built: Built) -> Report:
     ranks = built.mesh.ranks
     eager = flops(built.captured)[0]
     shared = flops(built.lowered)
+    # Of calls that are dealt, a rank runs one in ``deal``; what it does then is split over the other axes.
+    deal = built.mesh.size((built.dealt,)) if built.dealt else 1
     batch = find_batch(built.captured.graph) if built.plan.cfg else None
     split = attainable(built.captured, find(built.captured.graph) + ([batch] if batch else []))
     times, whole = roofline.seconds(built.lowered), roofline.seconds(built.captured)[0]
@@ -151,20 +153,29 @@ def _explained(built: Built) -> Report:
         pipeline=str(built.pipeline),
         ranks=ranks,
         graphs=1,
-        flops_share=max(shared) / eager if eager else 1.0,
-        attainable_share=(split / ranks + eager - split) / eager if eager else 1.0,
-        time_share=max(times) / whole if whole else 1.0,
+        flops_share=max(shared) / eager / deal if eager else 1.0,
+        attainable_share=(split * deal / ranks + eager - split) / eager / deal if eager else 1.0,
+        time_share=max(times) / whole / deal if whole else 1.0,
         eager_flops=eager,
         eager_time=whole,
         replicated=_replicated(built, eager),
         fallbacks=_fallbacks(built),
-        collectives=collectives(built.lowered),
-        bytes_per_rank=max(bytes_per_rank(built.lowered)),
+        collectives=collectives(built.lowered) + _dealt(built),
+        bytes_per_rank=max(bytes_per_rank(built.lowered)) // deal + sum(c.bytes for c in _dealt(built)),
         bytes_formula=form.bytes,
         formula=form.text,
         notes=list(map(str, built.notes)),
         seconds=dict(built.seconds),
     )
+
+
+def _dealt(built: Built) -> list[Collective]:
+    """The broadcasts of results where calls are dealt: the mean over calls, of which a rank sends one in ``deal``."""
+    if not built.dealt:
+        return []
+    deal = built.mesh.size((built.dealt,))
+    sent = dealt_bytes(built.captured, deal)
+    return [Collective("broadcast", built.dealt, sent // deal, len(built.captured.outputs), "", "output")]
 
 
 def _replicated(built: Built, eager: int) -> list[Replicated]:
