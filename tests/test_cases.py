@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from fastpar.core.layout import Layout
 from fastpar.core.mesh import Mesh
@@ -179,6 +180,30 @@ OPERATORS = {
     "slices with a step of several segments": (
         lambda x: (x[1::2] + 1, x[::3] * 2),
         ["[3@sp(1,2)+5@sp(4,1)+2@sp(1*2), 2]"],
+    ),
+    "rows turned round and rolled": (
+        lambda x: (x.flip(1) + x, x.flip(0, 2) * 2, x.roll(3, 1) + 1, x.roll((1, -2), (2, 1)) * 2, x.sum(0).flip(0)),
+        ["[2, 3@sp(1,2)+5@sp(4,1), 4@ring(1,3)]"],
+    ),
+    "one row of many": (
+        lambda x: (x[:, -1] * 2, x.select(2, 0) + x.sum(2), x.sum(2)[:, 3]),
+        ["[2, 9@sp(4,5), 8@ring(3,5)]"],
+    ),
+    "softmax and its logarithm along split rows": (
+        lambda x: (x.softmax(1), (x * 9).log_softmax(2), x.logsumexp(1), x.logsumexp((1, 2), True)),
+        ["[2, 7@sp(2,5), 4@ring(1,3)]"],
+    ),
+    "deviations and norms along split rows": (
+        lambda x: (
+            *torch.var_mean(x, 1), x.std((1, 2), keepdim=True), x.var(2, correction=0),
+            *(torch.linalg.vector_norm(x, o, 1) for o in (1, 2, 3, float("inf"))), torch.linalg.vector_norm(x),
+            F.layer_norm(x, x.shape[1:], x[0], x[1]),
+        ),  # fmt: skip
+        ["[2, 7@sp(2,5), 4@ring(1,3)]"],
+    ),
+    "whether any and all": (
+        lambda x: ((x > 1).any(1) * 1.0, (x > -2).all(2, keepdim=True) * 1.0, (x > 9).any() * 1.0),
+        ["[2, 7@sp(2,5), 4@ring(1,3)]"],
     ),
     "rows written by index": (
         lambda x, v: (torch.ops.aten.index_put(x, [None, torch.tensor([2, 0])], v),),

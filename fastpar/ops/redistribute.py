@@ -9,6 +9,7 @@ with whole tensors, it is the identity, which keeps every dumped program runnabl
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 
@@ -29,8 +30,10 @@ def assemble(locals_: Sequence[torch.Tensor], layout: Layout, mesh: Mesh) -> lis
     Ranks that differ only along axes that ``layout`` does not use reconstruct it from their own
     replica, so a replica that went astray shows.
     """
+    for entry in layout.partial:
+        groups = [mesh.group(r, entry.axes) for r in range(mesh.ranks)]
+        locals_ = [reduce(_REDUCE[entry.op], [locals_[m] for m in group]) for group in groups]
     axes = mesh.ordered(layout.axes)
-    partial = mesh.ordered(layout.partial_axes)
     split = mesh.ordered(layout.split_axes)
     out: list[torch.Tensor | None] = [None] * mesh.ranks
     for rank in range(mesh.ranks):
@@ -40,13 +43,8 @@ def assemble(locals_: Sequence[torch.Tensor], layout: Layout, mesh: Mesh) -> lis
             continue
         whole = locals_[rank].new_empty(layout.shape)
         for member in mesh.group(first, split):
-            terms = [locals_[m] for m in mesh.group(member, partial)]
-            value = terms[0]
-            for entry in layout.partial:
-                for term in terms[1:]:
-                    value = _REDUCE[entry.op](value, term)
             index = [torch.from_numpy(d.rows(mesh, member).copy()).to(whole.device) for d in layout.dims]
-            whole[torch.meshgrid(*index, indexing="ij") if index else ...] = value
+            whole[torch.meshgrid(*index, indexing="ij") if index else ...] = locals_[member]
         out[rank] = out[first] = whole
     return [x for x in out if x is not None]
 

@@ -64,11 +64,12 @@ class FactorRule(Rule):
             for n, have, want in zip(names, layouts[i].dims, dims, strict=True):
                 if n in reasons and not have.is_whole and have != want:
                     gathers.append(Gather(i, reasons[n]))
-        partial = []
+        over: dict[str, set[str]] = {}
         for name, op in spec.reduced.items():
             dim = chosen.get(name)
             if dim is not None and not dim.is_whole:
-                partial.append(Partial(op, mesh.ordered(dim.axes)))
+                over.setdefault(op, set()).update(dim.axes)
+        partial = [Partial(op, mesh.ordered(axes)) for op, axes in over.items()]
         outputs = tuple(
             Layout(
                 tuple(

@@ -309,6 +309,29 @@ def _squeeze(call: Call) -> Factors:
     return Factors((names,), (tuple(n for i, n in enumerate(names) if i not in gone),), whole=whole)
 
 
+def reversed_dim(dim: Dim) -> Dim:
+    """What the ranks hold of ``dim`` counted from its other end, each keeping the rows that it has."""
+
+    def turned(seg: Seg) -> Seg:
+        starts = [seg.size - start - part for start, part in zip(seg.starts(), seg.parts, strict=True)]
+        return Seg(seg.size, seg.axes, seg.parts, tuple(starts)) if seg.axes else seg
+
+    return Dim.of(Atom(tuple(map(turned, reversed(atom.segs)))) for atom in dim.atoms)
+
+
+class FlipRule(Rule):
+    """flip: every rank turns round what it has, which is then in the place of another rank's rows."""
+
+    def decide(self, call: Call, layouts: tuple[Layout, ...], mesh: Mesh) -> Decision:
+        have = layouts[0].summed()
+        dims = {d % len(call.shape) for d in call.arg(1, "dims")}
+        out = Layout(tuple(reversed_dim(x) if d in dims else x for d, x in enumerate(have.dims)))
+        return Decision((have,), (out,), ())
+
+    def back(self, call: Call, pos: Pos) -> list[tuple[int, Pos]]:
+        return [(0, pos)]
+
+
 def _dims_whole(reason: str, argument: int, name: str) -> FactorRule:
     """Same shape or with one dimension dropped; the named dimensions must be whole."""
 
@@ -339,5 +362,5 @@ register(
 register(["aten::unsqueeze", "aten::unsqueeze_copy"], FactorRule(_unsqueeze))
 register(["aten::squeeze", "aten::squeeze_copy"], FactorRule(_squeeze))
 register(["aten::select", "aten::select_copy"], _dims_whole("one row that every rank needs", 1, "dim"))
-register("aten::flip", _dims_whole("rows are reversed across ranks", 1, "dims"))
+register("aten::flip", FlipRule())
 register("aten::roll", _dims_whole("rows are rolled across ranks", 2, "dims"))

@@ -9,7 +9,6 @@ its place; the walk then goes over the new operators like over any others.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,8 +21,8 @@ from fastpar.core.layout import Dim, Layout
 from fastpar.core.mesh import Mesh
 from fastpar.ops.redistribute import redistribute
 from fastpar.rules import Call, rule_for
-from fastpar.rules.reduce import reduced_dims
 from fastpar.rules.spatial import CONVOLUTION, pad_arguments, padded
+from fastpar.sharding import expand_reduce, expand_rows
 
 Written = Callable[..., Any]  # takes the operator's own arguments
 aten = torch.ops.aten
@@ -54,19 +53,6 @@ def traced(call: Call, written: Written) -> fx.Graph:
         if trace and node.op == "call_function":
             node.meta["stack_trace"] = trace
     return graph
-
-
-def _mean(call: Call, layouts: Sequence[Layout], mesh: Mesh) -> Written | None:
-    dims = sorted(reduced_dims(call))
-    if all(layouts[0].dims[d].is_whole for d in dims):
-        return None
-    count = math.prod(call.shapes[0][d] for d in dims)
-
-    def written(x: torch.Tensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> torch.Tensor:
-        # the partial sums are scaled before they are added up: no larger values than a mean has
-        return aten.mul.Tensor(aten.sum.dim_IntList(x, dims, keepdim, dtype=dtype), 1.0 / count)
-
-    return written
 
 
 def _convolution(call: Call, layouts: Sequence[Layout], mesh: Mesh) -> Written | None:
@@ -146,7 +132,8 @@ def _causal(call: Call, layouts: Sequence[Layout], mesh: Mesh) -> Written | None
 
 
 _TABLE: dict[str, Callable[[Call, Sequence[Layout], Mesh], Written | None]] = {
-    "aten::mean": _mean,
+    **expand_reduce.TABLE,
+    **expand_rows.TABLE,
     "aten::convolution": _convolution,
     "aten::native_group_norm": _group_norm,
     "aten::addmm": _addmm,

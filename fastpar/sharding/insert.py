@@ -164,17 +164,18 @@ class Inserter:
         new = self.out.graph.output(args[0])
         new.meta = dict(node.meta)
 
-    def _call(self, node: fx.Node) -> None:
+    def _call(self, node: fx.Node, expand: bool = True) -> None:
         if getattr(node.target, "__name__", "") == "getitem":
             self._getitem(node)
             return
         if node.target is redistribute:  # an expansion says how to cut
             want = Layout.parse(str(node.args[2]))
-            self._hold(node, self._get(node.args[0], want, "seed"), want)  # type: ignore[arg-type]
+            free = is_local(self.main[node.args[0]], want, self.mesh)  # type: ignore[index]
+            self._hold(node, self._get(node.args[0], want, "seed" if free else "rows"), want)  # type: ignore[arg-type]
             return
         call = Call.of(node, tail=node not in self.ahead)
         layouts = tuple(self.main[n] for n in call.operands)
-        written = expansion(call, layouts, self.mesh)
+        written = expansion(call, layouts, self.mesh) if expand else None
         if written is not None:
             self._inline(node, call, traced(call, written))
             return
@@ -195,7 +196,7 @@ class Inserter:
             elif inner.op == "call_function":
                 if node in self.ahead:
                     self.ahead.add(inner)
-                self._call(inner)
+                self._call(inner, expand=inner.target is not node.target)  # an operator may be part of its own
             else:
                 result = inner.args[0]
         if isinstance(result, fx.Node):

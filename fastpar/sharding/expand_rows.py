@@ -1,0 +1,94 @@
+"""Rows in another order, or one of them: written out in slices, or moved straight to where they belong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from fastpar.core.layout import Dim, Layout
+from fastpar.core.mesh import Mesh
+from fastpar.ops.redistribute import redistribute
+from fastpar.rules import Call
+from fastpar.rules.views import reversed_dim, slice_dim
+
+Written = Callable[..., Any]
+aten = torch.ops.aten
+
+
+def flip(call: Call, layouts: Sequence[Layout], mesh: Mesh) -> Written | None:
+    """Every rank turns its own rows round (the rule); then the rows go to the rank whose place they have."""
+    layout = layouts[0].summed()
+    dims = [d % len(call.shape) for d in call.arg(1, "dims")]
+    if all(layout.dims[d].is_whole for d in dims):
+        return None
+    turned = layout
+    for d in dims:
+        turned = turned.with_dim(d, reversed_dim(layout.dims[d]))
+
+    def written(x: torch.Tensor, dims: Any) -> torch.Tensor:
+        x = redistribute(x, str(layouts[0]), str(layout)) if layouts[0].partial else x
+        return redistribute(aten.flip.default(x, dims), str(turned), str(layout))
+
+    return written
+
+
+def roll(call: Call, layouts: Sequence[Layout], mesh: Mesh) -> Written | None:
+    """The rows behind the cut, then those before it: two segments, nothing moves."""
+    shifts, dims = call.arg(1, "shifts"), call.arg(2, "dims", [])
+    shifts, dims = ([x] if isinstance(x, int) else list(x) for x in (shifts, dims))
+    if not dims or all(layouts[0].dims[d].is_whole for d in dims):
+        return None
+
+    def written(x: torch.Tensor, *rest: Any, **kwargs: Any) -> torch.Tensor:
+        for shift, d in zip(shifts, dims, strict=True):
+            size = int(x.shape[d])
+            cut = -shift % size if size else 0
+            if cut:
+                parts = [aten.slice.Tensor(x, d, cut, size), aten.slice.Tensor(x, d, 0, cut)]
+                x = aten.cat.default(parts, d)
+        return x
+
+    return written
+
+
+def select(call: Call, layouts: Sequence[Layout], mesh: Mesh) -> Written | None:
+    """One row that every rank needs: only that row travels.
+
+    Unless so many single rows of the value are taken (a loop over frames) that gathering it once is less.
+    """
+    shape = call.shapes[0]
+    d = call.arg(1, "dim") % len(shape)
+    if layouts[0].dims[d].is_whole:
+        return None
+    taken = sum(_selects(n, d) for n in call.operands[0].users)
+    if taken * mesh.size(mesh.ordered(layouts[0].dims[d].axes)) > shape[d]:
+        return None
+    index = call.arg(2, "index") % shape[d]
+    row = slice_dim(layouts[0].dims[d], index, index + 1, 1)
+    if row is None:
+        return None
+    cut = layouts[0].summed().with_dim(d, row)
+
+    def written(x: torch.Tensor, dim: int, at: int) -> torch.Tensor:
+        x = redistribute(x, str(layouts[0]), str(layouts[0].summed())) if layouts[0].partial else x
+        x = aten.slice.Tensor(x, d, index, index + 1)
+        return aten.squeeze.dim(redistribute(x, str(cut), str(cut.with_dim(d, Dim.whole(1)))), d)
+
+    return written
+
+
+def _selects(node: fx.Node, d: int) -> bool:
+    if node.target not in (aten.select.int, aten.select_copy.int):
+        return False
+    return node.args[1] % node.args[0].meta["val"].dim() == d  # type: ignore[union-attr,operator]
+
+
+TABLE: dict[str, Callable[[Call, Sequence[Layout], Mesh], Written | None]] = {
+    "aten::flip": flip,
+    "aten::roll": roll,
+    "aten::select": select,
+    "aten::select_copy": select,
+}
