@@ -105,9 +105,9 @@ def variance(call: Call, layouts: Sequence[Layout], mesh: Mesh) -> Written | Non
 
 
 def vector_norm(call: Call, layouts: Sequence[Layout], mesh: Mesh) -> Written | None:
-    given = call.arg(2, "dim", None)
-    rank = len(call.shapes[0])
-    dims = list(range(rank)) if given is None else sorted({d % rank for d in ([given] if isinstance(given, int) else given)})
+    rank, given = len(call.shapes[0]), call.arg(2, "dim", None)
+    given = [given] if isinstance(given, int) else range(rank) if given is None else given
+    dims = sorted({d % rank for d in given})
     order = call.arg(1, "ord", 2)
     if not _split(call, layouts, dims) or order in (0, -math.inf):
         return None
