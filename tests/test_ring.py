@@ -133,3 +133,31 @@ def test_grouped_heads_and_sums_over_tokens(plan: str) -> None:
     torch.manual_seed(0)
     report = fastpar.verify(Grouped().double().eval(), (torch.randn(2, 11, 12, dtype=torch.float64),), plan=plan)
     assert report.ok, report.diverged_at
+
+
+class Joint(torch.nn.Module):
+    """Joint attention of text and image tokens, each with projections of its own, text in front."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.text, self.image, self.out = torch.nn.Linear(12, 36), torch.nn.Linear(12, 36), torch.nn.Linear(12, 12)
+
+    def forward(self, text: torch.Tensor, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        qkv = torch.cat([self.text(text), self.image(image)], 1)
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        out = self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return out[:, : text.shape[1]], out[:, text.shape[1] :]
+
+
+@pytest.mark.parametrize("text", [1, 5])
+def test_every_shape_of_usp_up_to_8_ranks(text: int) -> None:
+    """Text that is too short to split is counted once, for every U and R."""
+    torch.manual_seed(0)
+    captured = fastpar.capture(
+        Joint(4).double().eval(), (torch.randn(1, text, 12).double(), torch.randn(1, 11, 12).double())
+    )
+    for u in range(1, 9):
+        for r in range(1, 9 // u + 1):
+            report = fastpar.verify(captured, plan=f"ulysses={u},ring={r}")
+            assert report.ok, (u, r, report.max_rel_err, report.diverged_at)
