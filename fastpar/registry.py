@@ -44,6 +44,12 @@ def _lower() -> type[Pass]:
     return Lower
 
 
+def _naive() -> type[Pass]:
+    from fastpar.passes.naive import Naive
+
+    return Naive
+
+
 def _shard() -> type[Pass]:
     from fastpar.passes.shard import Shard
 
@@ -55,6 +61,7 @@ PASSES: dict[str, Callable[[], type[Pass]]] = {
     "attention-gather": _attention_gather,
     "attention-ulysses": _attention_ulysses,
     "attention-ring": _attention_ring,
+    "naive": _naive,
     "cancel": _cancel,
     "lower": _lower,
     "localise": _localise,

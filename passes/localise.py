@@ -19,6 +19,7 @@ from fastpar.core.mesh import Mesh
 from fastpar.core.transfer import changed_axes, transfer
 from fastpar.graph.pipeline import Pass, PassContext
 from fastpar.graph.program import Program, module_of
+from fastpar.ops.alone import alone, place, placement
 from fastpar.ops.collectives import Exchange, all_gather, all_reduce, all_to_all, local, pack, unpack
 from fastpar.rules.localise import Localiser
 
@@ -106,6 +107,11 @@ class _Writer:
             x = self._emit(node, torch.ops.aten.clone.default, (x,), {"memory_format": torch.contiguous_format})
         return x
 
+    def alone(self, node: fx.Node) -> fx.Node:
+        src, dst = (Layout.parse(str(a)) for a in node.args[1:3])
+        x = self._value(node.args[0])  # type: ignore[arg-type]
+        return self._emit(node, place, (x, *placement(src, dst, self.mesh, self.rank)))
+
     def all_to_all(self, node: fx.Node) -> _Started:
         srcs, dsts = ([Layout.parse(str(t)) for t in a] for a in node.args[1:3])  # type: ignore[union-attr]
         exchange = Exchange(srcs, dsts, self.mesh, self.rank)
@@ -163,6 +169,7 @@ class _Part:
 
 _HANDLERS: dict[Any, Any] = {
     local: _Writer.local,
+    alone: _Writer.alone,
     all_to_all: _Writer.all_to_all,
     all_gather: _Writer.all_gather,
     all_reduce: _Writer.all_reduce,

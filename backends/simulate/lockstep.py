@@ -18,6 +18,7 @@ from fastpar.core.errors import CheckError
 from fastpar.core.layout import Dim, Layout
 from fastpar.core.mesh import Mesh
 from fastpar.graph.program import Program
+from fastpar.ops.alone import alone, alone_across
 from fastpar.ops.collectives import all_gather, all_reduce, all_to_all, exchange_across, local
 from fastpar.ops.redistribute import across, redistribute
 from fastpar.ops.ring import redistribute_all
@@ -122,10 +123,16 @@ def reduce_terms(terms: Sequence[torch.Tensor], op: str) -> torch.Tensor:
     return out.clone() if len(terms) == 1 else out
 
 
+def _alone(node: fx.Node, env: dict[fx.Node, list[Any]], mesh: Mesh) -> list[Any]:
+    src, dst = (Layout.parse(str(a)) for a in node.args[1:3])
+    return list(alone_across(env[node.args[0]], src, dst, mesh))  # type: ignore[index]
+
+
 _MEANING: dict[Any, Callable[..., list[Any]]] = {
     redistribute: _redistribute,
     redistribute_all: _redistribute_all,
     local: _exchange,
+    alone: _alone,
     all_to_all: _exchange,
     all_gather: _exchange,
     all_reduce: _all_reduce,

@@ -17,6 +17,7 @@ from fastpar.core.errors import CheckError
 from fastpar.core.layout import Layout
 from fastpar.core.mesh import Mesh
 from fastpar.graph.program import Program, source_line, target_name
+from fastpar.ops.alone import alone
 from fastpar.ops.collectives import all_gather, all_reduce, all_to_all, local
 from fastpar.ops.redistribute import redistribute
 from fastpar.ops.ring import redistribute_all
@@ -75,7 +76,9 @@ def _node(node: fx.Node, stage: str, mesh: Mesh) -> None:
             layout.check(mesh)
         except ValueError as error:
             _fail(node, str(error))
-    if node.target in _ABSTRACT:
+    if node.target is alone:
+        _change(node, str(node.args[1]), str(node.args[2]), node.args[0], layout)
+    elif node.target in _ABSTRACT:
         if stage != "sharded":
             _fail(node, f"is abstract, in a program that is {stage}")
         if node.target is redistribute_all:

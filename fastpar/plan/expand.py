@@ -11,7 +11,7 @@ from fastpar.core.mesh import Mesh
 from fastpar.core.plan import Plan
 from fastpar.sharding.candidates import is_attention
 
-IMPLEMENTED = ("ulysses", "ring", "gather", "cfg", "auto")
+IMPLEMENTED = ("ulysses", "ring", "gather", "cfg", "naive", "auto")
 """Plan terms that the compiler runs today; others are a clear error."""
 
 
@@ -25,6 +25,8 @@ def pipeline_text(plan: Plan) -> str:
             f"implemented are {', '.join(IMPLEMENTED)}"
         )
     steps = ["shard"]
+    if plan.naive:
+        steps.append("naive")
     if plan.gather:
         steps.append("attention-gather")
     if plan.ulysses:  # inside a ring, heads take their own axis and leave the ring's to the keys

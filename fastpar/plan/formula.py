@@ -32,6 +32,7 @@ from fastpar.ops.ring import attention_lse
 TEXT = {
     "ulysses": "sum over attentions of (2S + 2T) B H D (N-1)/N^2, plus outputs (N-1)/N",
     "gather": "sum over attentions of 2T B H D (N-1)/N, plus outputs (N-1)/N",
+    "naive": "outputs (N-1)/N",
     "cfg": "outputs (N-1)/N",
     "ring": "sum over attentions of 2T B H D (R-1)/R, plus outputs (N-1)/N",
     "usp": "sum over attentions of B H D ((2S (U-1)/(U N) + 2T (U-1)/(U N) + 2T (R-1)/(R U)), plus outputs (N-1)/N",
@@ -79,6 +80,8 @@ def volume(sharded: Program, plan: Plan, mesh: Mesh) -> Volume:
 
 
 def _form(plan: Plan, mesh: Mesh) -> str:
+    if plan.naive:
+        return "naive"
     if plan.gather:
         return "gather"
     if any(name.startswith("ulysses") and name != "ulysses" for name in mesh.names):

@@ -89,6 +89,7 @@ def build(
     notes: list[Any] = []
     if asked.auto:
         notes.append(f"plan auto: {plan}, the first valid plan on {mesh.ranks} ranks")
+    notes += [f"lossy: {reason}" for reason in plan.lossy]
     ctx = PassContext(mesh=mesh, plan=plan, notes=notes)
     seconds: dict[str, float] = {}
 

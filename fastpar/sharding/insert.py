@@ -217,7 +217,7 @@ class Inserter:
         for i, (old, have, want) in enumerate(zip(call.operands, layouts, decision.inputs, strict=True)):
             before = self.out.moved
             known = want in self.versions[old]
-            why = "output" if call.tail else "plan"
+            why = "output" if call.tail and not want.split_axes else "plan"  # the last convolution has a halo, too
             if i in forced and not call.tail:
                 why = forced[i].kind
             elif have.partial:
