@@ -67,13 +67,13 @@ def finish(program: Program, options: Options, group: Any, last: bool = False) -
     lowering = options.lowering or ("inductor" if device.type == "cuda" else "eager")
     if options.cudagraphs:
         raise OptionError("option 'cudagraphs' is not implemented yet; leave it out")
-    if options.topology is not None:
-        raise OptionError("option 'topology' is not implemented yet: auto takes the first valid plan; leave it out")
     number = _compiled["count"]
     _compiled["count"] += 1
     begin = time.perf_counter()
     dump = dumper(Path(options.dump) / f"rank{rank}" / f"graph{number}") if options.dump else None
-    built = build(program, options.plan, ranks, options.passes, callback=dump)
+    built = build(
+        program, options.plan, ranks, options.passes, callback=dump, topology=options.topology, lowering=lowering
+    )
     agree(_fields(built, lowering), group, options.timeout)
     dealt = (built.dealt,) if built.dealt else ()
     groups = process_groups(built.lowered.graph, built.mesh, group, [dealt] if dealt else [])
@@ -111,6 +111,7 @@ def _fields(built: Built, lowering: str) -> dict[str, str]:
         "versions": f"fastpar {VERSION}, torch {torch.__version__}",
         "plan": str(built.plan),
         "pipeline": str(built.pipeline),
+        "mesh": str(built.mesh),
         "lowering": lowering,
         "inputs": inputs,
         "graph": built.captured.hash(),

@@ -158,6 +158,10 @@ class _Started:
             buffer = emit(self.node, _C10D.wait_tensor.default, (self.started,))
             done = emit(self.node, unpack, (buffer, self.exchange.shapes, self.exchange.receive_boxes))
             self.parts = [emit(self.node, getitem, (done, i)) for i in range(self.count)]
+            for i, part in enumerate(self.parts):  # of an exchange of several values, each has its own
+                for key in ("val", "layout"):
+                    if isinstance(part.meta.get(key), (list, tuple)):
+                        part.meta[key] = part.meta[key][i]
         return self.parts
 
 

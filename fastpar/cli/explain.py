@@ -16,6 +16,7 @@ from fastpar.cli.options import (
     PlanText,
     Ranks,
     Seed,
+    Topology,
 )
 
 
@@ -24,6 +25,7 @@ def explain(
     model: Model,
     plan: PlanText = "auto",
     ranks: Ranks = None,
+    topology: Topology = None,
     inputs: InputsFrom = None,
     input: Input = None,
     fake: Fake = False,
@@ -41,7 +43,7 @@ def explain(
     from fastpar.run.verify import explain as run
 
     loaded = load(model, inputs, input or (), dtype, seed, fake, component)
-    report = run(captured(loaded), plan=plan, ranks=ranks, passes=passes)
+    report = run(captured(loaded), plan=plan, ranks=ranks, passes=passes, topology=topology)
     if json is None or str(json) != "-":
         show_report(report)
     if json is not None:

@@ -69,16 +69,18 @@ def opt(
     from fastpar.graph.pipeline import PassContext, Pipeline, callbacks
     from fastpar.plan.expand import mesh_for, pipeline_text
     from fastpar.registry import PASSES
-    from fastpar.run.build import resolve
+    from fastpar.run.build import planned, resolve
 
-    chosen = resolve(plan, ranks)
-    pipeline = Pipeline.parse(pipeline_text(chosen) if passes is None else passes, PASSES)
-    _known(print_after or (), pipeline)
+    asked = resolve(plan, ranks)
+    if not asked.auto or passes is not None:  # what is wrong with the text is said before the model is loaded
+        _known(print_after or (), Pipeline.parse(pipeline_text(asked) if passes is None else passes, PASSES))
     loaded = load(model, inputs, input or (), dtype, seed, fake, component)
     if verify_each and fake_mode_of(loaded.model, loaded.inputs) is not None:
         raise OptionError("--verify-each runs the model, and this one is on fake tensors")
     recorded = _graph(captured(loaded), graph)
-    mesh = mesh_for(chosen, recorded.program.graph)
+    chosen, order, _, _ = planned(recorded.program, asked, ranks, None)
+    pipeline = Pipeline.parse(pipeline_text(chosen) if passes is None else passes, PASSES)
+    mesh = mesh_for(chosen, recorded.program.graph, order)
     _ranks_exist(pipeline, mesh)
 
     times = _Times()

@@ -20,6 +20,15 @@ PlanText = Annotated[str, typer.Option("--plan", help="A plan, as in ulysses=4; 
 Ranks = Annotated[
     int | None, typer.Option("--ranks", min=1, help="Number of virtual ranks, where the plan does not say.")
 ]
+Topology = Annotated[
+    str | None,
+    typer.Option(
+        "--topology",
+        help="A preset (h100-8, a100-4x8, l40-8, rtx4090-8, ...) or a TOML file: adds predicted times of this plan "
+        "and of every other one.",
+        show_default=False,
+    ),
+]
 Dtype = Annotated[
     str | None,
     typer.Option("--dtype", help="f64, f32, bf16 or f16. Default: bf16 with --fake, else f32.", show_default=False),

@@ -85,7 +85,15 @@ def show_report(report: Report) -> None:
     head.add_row("bytes", f"{report.bytes_per_rank:,} leave the busiest rank per call")
     against = f", {report.bytes_per_rank / report.bytes_formula:.3f} times" if report.bytes_formula else ""
     head.add_row("formula", f"{report.bytes_formula:,}{against}: {report.formula}")
+    if report.predicted:
+        p = {name: 1e3 * value for name, value in report.predicted.items()}
+        head.add_row(
+            "predicted",
+            f"{p['seconds']:.3g} ms per call on {report.topology}: {p['compute']:.3g} computing, "
+            f"{p['communication']:.3g} communicating, of which {p['exposed']:.3g} exposed",
+        )
     out.print(head)
+    _plans(out, report)
     _collectives(out, report)
     _replicated(out, report)
     _fallbacks(out, report)
@@ -147,6 +155,20 @@ def _table(*headings: str, title: str = "") -> Table:
         table.add_column(heading.removesuffix(">"), justify="right" if right else "left", overflow="fold",
                          no_wrap=right)  # fmt: skip
     return table
+
+
+def _plans(out: Console, report: Report) -> None:
+    if not report.plans:
+        return
+    table = _table("plan", "ms>", "exposed>", "MB sent>", "GB>", "why", title=f"Plans for {report.topology}, predicted")
+    for row in report.plans:
+        if row.milliseconds is None or row.exposed is None or row.bytes is None or row.gigabytes is None:
+            table.add_row(Text(row.plan), "-", "-", "-", "-", Text(row.reason))
+        else:
+            sent = f"{row.bytes / 1e6:.1f}"
+            cells = (f"{row.milliseconds:.3g}", f"{row.exposed:.3g}", sent, f"{row.gigabytes:.3g}")
+            table.add_row(Text(row.plan), *cells, Text(row.reason))
+    out.print(table)
 
 
 def _collectives(out: Console, report: Report) -> None:

@@ -151,8 +151,9 @@ def _numel(layout: Layout, mesh: Mesh, rank: int) -> int:
     return out
 
 
-def attainable(program: Program, candidates: Sequence[Candidate]) -> int:
-    """FLOPs (of a captured program) of operators that carry a row to be split, in an operand or contracted.
+def carrying(program: Program, candidates: Sequence[Candidate]) -> tuple[dict[fx.Node, set[int]], set[fx.Node]]:
+    """Where the rows to be split are, in a captured program: dimensions per value, and the operators that carry
+    one in an operand (passed through or contracted).
 
     Rows are followed forward from all candidates' seeds, through whatever the rules can follow.
     """
@@ -161,7 +162,7 @@ def attainable(program: Program, candidates: Sequence[Candidate]) -> int:
     for candidate in candidates:
         for seed in candidate.seeds:
             seeds.setdefault(seed.node, set()).add(seed.pos.dim)
-    total = 0
+    carriers: set[fx.Node] = set()
     for node in program.graph.nodes:
         marked = set(seeds.get(node, ()))
         if node.op == "call_function" and any(marks.get(n) for n in node.all_input_nodes):
@@ -171,9 +172,15 @@ def attainable(program: Program, candidates: Sequence[Candidate]) -> int:
                     marked |= rule_for(call).carries(call, [marks.get(n, set()) for n in call.operands])
                 elif call.results:  # several results: the first has the operand's rows
                     marked |= marks.get(call.operands[0], set())
-            total += node_flops(node, _shape)
+            carriers.add(node)
         if getattr(node.target, "__name__", "") == "getitem" and isinstance(node.args[0], fx.Node):
             marked |= marks.get(node.args[0], set()) if node.args[1] == 0 else set()
         if marked:
             marks[node] = marked
-    return total
+    return marks, carriers
+
+
+def attainable(program: Program, candidates: Sequence[Candidate]) -> int:
+    """FLOPs (of a captured program) of operators that carry a row to be split, in an operand or contracted."""
+    _, carriers = carrying(program, candidates)
+    return sum(node_flops(node, _shape) for node in carriers)

@@ -30,13 +30,18 @@ _READS = frozenset(
 )
 
 
+def reads(node: fx.Node) -> bool:
+    """Whether the operator reads its operands from memory; the others are fused with what comes before."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.name in _READS
+
+
 def seconds(program: Program) -> list[float]:
     """Seconds of every rank (one entry where the program is still whole)."""
     mesh: Mesh = program.mesh if program.stage != "captured" else Mesh()
     totals = [0.0] * mesh.ranks
     for node in program.graph.nodes:
-        schema = getattr(node.target, "_schema", None)
-        if schema is None or schema.name not in _READS:
+        if not reads(node):
             continue
         for rank in range(mesh.ranks):
 
@@ -46,12 +51,12 @@ def seconds(program: Program) -> list[float]:
                     return layout.local_shape(mesh, rank)
                 return tuple(int(s) for s in value.shape) if isinstance(value, torch.Tensor) else value
 
-            moved = sum(_bytes(n, shape(n)) for n in tensor_operands(node)) + _bytes(node, shape(node))
+            moved = sum(node_bytes(n, shape(n)) for n in tensor_operands(node)) + node_bytes(node, shape(node))
             totals[rank] += max(node_flops(node, shape) / PEAK_FLOPS, moved / BANDWIDTH)
     return totals
 
 
-def _bytes(node: fx.Node, shape: object) -> int:
+def node_bytes(node: fx.Node, shape: object) -> int:
     value = node.meta.get("val")
     if isinstance(value, (tuple, list)):
         value = value[0]

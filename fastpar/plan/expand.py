@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from torch import fx
 
@@ -36,15 +37,16 @@ def pipeline_text(plan: Plan) -> str:
     return ",".join([*steps, "cancel", "lower"])
 
 
-def mesh_for(plan: Plan, graph: fx.Graph) -> Mesh:
-    """The plan's axes, each cut into factors where heads do not fill it.
+def mesh_for(plan: Plan, graph: fx.Graph, order: Sequence[str] = ()) -> Mesh:
+    """The plan's axes, each cut into factors where heads do not fill it; in ``order``, where a placement gives one.
 
     With 2 heads on 4 ranks a rank's share of the attention is one head x half the rows, so
     the axis is two of size 2: ``ulysses0`` for rows and ``ulysses1`` for heads. Later factors
     vary fastest, so that giving them to heads leaves neighbouring rows together.
     """
     axes: list[tuple[str, int]] = []
-    for name, degree in plan.axes:
+    place = {name: i for i, name in enumerate(order)}
+    for name, degree in sorted(plan.axes, key=lambda a: place.get(a[0], -1)):
         factors = _factors(degree, _head_counts(graph)) if name == "ulysses" else [degree]
         if len(factors) == 1:
             axes.append((name, degree))

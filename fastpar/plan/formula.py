@@ -1,17 +1,6 @@
 """Closed forms of a plan's communication volume, to hold the counted bytes against.
 
-Per attention of B batch, S query and T key rows, H heads of width D (DeepSpeed-Ulysses,
-section 3; USP, table 1), elements that leave a rank:
-
-* ulysses, N ranks: 4 exchanges of 1/N of the tensor, (N-1)/N of which leaves:
-  ``(2 S + 2 T) B H D (N-1) / N^2``
-* gather: each rank's K and V rows go to N-1 others: ``2 T B H D (N-1) / N``
-
-* ring, R ranks: K and V make R-1 steps: ``2 T B H D (R-1) / R``
-* USP, U x R: Ulysses within U, then the ring with 1/U of the heads
-
-plus the outputs, whose N-1 foreign shares every rank receives: ``numel (N-1) / N``.
-Where N does not divide the rows, the busiest rank sends more than the mean that the forms
+The forms stand in ``cost``. Where N does not divide the rows, the busiest rank sends more than the mean that the forms
 give. Halos of convolutions and sums over ranks are not part of them.
 """
 
@@ -28,17 +17,7 @@ from fastpar.core.mesh import Mesh
 from fastpar.core.plan import Plan
 from fastpar.graph.program import Program
 from fastpar.ops.ring import attention_lse
-
-TEXT = {
-    "ulysses": "sum over attentions of (2S + 2T) B H D (N-1)/N^2, plus outputs (N-1)/N",
-    "gather": "sum over attentions of 2T B H D (N-1)/N, plus outputs (N-1)/N",
-    "naive": "outputs (N-1)/N",
-    "cfg": "outputs (N-1)/N",
-    "ring": "sum over attentions of 2T B H D (R-1)/R, plus outputs (N-1)/N",
-    "usp": "sum over attentions of B H D ((2S (U-1)/(U N) + 2T (U-1)/(U N) + 2T (R-1)/(R U)), plus outputs (N-1)/N",
-    "rectangle": "sum over attentions of B H D (2S (u-1)/(u N) + 2T (u w - 1)/(R u^2 w) + 2T (R-1)/(R u)), u shares "
-    "of heads and w of rows per step of the ring, plus outputs (N-1)/N",
-}
+from fastpar.plan import cost
 
 
 def dealt_bytes(program: Program, degree: int) -> int:
@@ -76,21 +55,15 @@ def volume(sharded: Program, plan: Plan, mesh: Mesh) -> Volume:
                 total += value.numel() * value.element_size() * (n - 1) / n
     if dealt:
         total = total / deal + dealt_bytes(sharded, deal) / deal
-    return Volume(math.ceil(total), TEXT[_form(plan, mesh)])
+    return Volume(math.ceil(total), _form(plan))
 
 
-def _form(plan: Plan, mesh: Mesh) -> str:
-    if plan.naive:
-        return "naive"
-    if plan.gather:
-        return "gather"
-    if any(name.startswith("ulysses") and name != "ulysses" for name in mesh.names):
-        return "rectangle"
-    if plan.cfg and not plan.ulysses and not plan.ring:
-        return "cfg"
-    if plan.ring:
-        return "usp" if plan.ulysses else "ring"
-    return "ulysses"
+def _form(plan: Plan) -> str:
+    """The plan's closed form as text, in the symbols of ``cost``."""
+    names = list(cost.ELEMENTS)
+    terms = [names[3]] if plan.gather else [*names[:2] * bool(plan.ulysses), *names[2:3] * bool(plan.ring)]
+    outputs = f"outputs {cost.text('outputs')}"
+    return f"sum over attentions of {cost.text(*terms)}, plus {outputs}" if terms else outputs
 
 
 def _from_output(node: fx.Node) -> bool:
@@ -117,14 +90,10 @@ def _attention(node: fx.Node, plan: Plan, mesh: Mesh, deal: int) -> float:
     c = (plan.cfg or 1) // deal  # each half of the batch is attended by its own ranks
     qs, ks = q.numel() / c, k.numel() / c
     if plan.gather:
-        return 2 * ks * (n - 1) / n * size
+        return cost.attention_elements("gather", Q=qs, K=ks, n=n) * size
     # a rank works on 1/u of the heads; w ranks share those heads and the rows of one step of the ring
     layout: Layout = node.args[0].meta["layout"]  # type: ignore[union-attr]
     spent = layout.dims[-3].axes if len(layout.dims) > 2 else frozenset()
     u = mesh.size(mesh.ordered(spent)) if spent else 1
     r = plan.ring or 1
-    w = n // (u * r)
-    rows = 2 * qs / n * (u - 1) / u
-    keys = 2 * ks / (r * u) * (u * w - 1) / (u * w)
-    ring = 2 * ks / (r * u) * (r - 1)
-    return (rows + keys + ring) * size
+    return cost.attention_elements("usp", Q=qs, K=ks, n=n, u=u, w=n // (u * r), r=r) * size

@@ -89,7 +89,14 @@ class AttentionRule(Rule):
             return [(0, pos)]
         if pos.dim == rank - 1:
             return [(2, pos)]
-        return [(i, pos) for i in range(3) if call.shapes[i][pos.dim] == call.shape[pos.dim]]
+        found = []
+        for i in range(3):
+            size = call.shapes[i][pos.dim] if len(call.shapes[i]) == rank else 1
+            if size == call.shape[pos.dim]:
+                found.append((i, pos))
+            elif 1 < size < pos.extent == call.shape[pos.dim] and pos.outer == 1:  # grouped heads
+                found.append((i, Pos(pos.dim, 1, size, 1)))
+        return found
 
 
 class BlockRule(Rule):

@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
-from fastpar.core.layout import Atom, Dim, Layout, Seg
+from fastpar.core.layout import Atom, Dim, Layout, Partial, Seg
 from fastpar.core.mesh import Mesh
+from fastpar.core.regroup import disjoint, split_atom
 from fastpar.rules.factor import FactorRule, Factors
 from fastpar.rules.table import Call, Decision, Gather, Localised, Pos, Rule, register
 
@@ -34,7 +35,10 @@ class ConvolutionRule(Rule):
         dims, outs, gathers = [x.dims[0]], [x.dims[0]], []
         taken = set(x.dims[0].axes)
         channels, filters = self._channels(call, layouts, taken)
-        taken |= filters.axes
+        depthwise = _depthwise(call)
+        if not depthwise:
+            channels = self._contracted(call, layouts, taken | filters.axes, mesh)
+        taken |= filters.axes | channels.axes
         if channels.is_whole and not x.dims[1].is_whole:
             gathers.append(Gather(0, _CHANNELS))
         dims.append(channels)
@@ -52,17 +56,33 @@ class ConvolutionRule(Rule):
                 dims.append(found[0])
                 outs.append(found[1])
         weight = Layout.whole(call.shapes[1])
-        inputs = [Layout(tuple(dims)), weight if filters.is_whole else weight.with_dim(0, filters)]
+        weight = weight if filters.is_whole else weight.with_dim(0, filters)
+        partial: tuple[Partial, ...] = ()
+        if not depthwise and not channels.is_whole:
+            weight = weight.with_dim(1, channels)
+            partial = (Partial("sum", mesh.ordered(channels.axes)),)
+        inputs = [Layout(tuple(dims)), weight]
         if len(layouts) > 2:
             inputs.append(Layout((filters,)))
-        return Decision(tuple(inputs), (Layout(tuple(outs)),), tuple(gathers))
+        return Decision(tuple(inputs), (Layout(tuple(outs), partial),), tuple(gathers))
+
+    def _contracted(self, call: Call, layouts: tuple[Layout, ...], taken: set[str] | frozenset[str], mesh: Mesh) -> Dim:
+        """Layout of input channels that are summed over: split, the result is partial (a bias is added afterwards)."""
+        whole = Dim.whole(call.shapes[0][1])
+        if not contracts(call) or len(layouts) > 2:
+            return whole
+        dim = next((d for d in (layouts[0].dims[1], layouts[1].dims[1]) if not d.is_whole), whole)
+        if dim.axes & taken:
+            return whole
+        axes = mesh.ordered(dim.axes)
+        return dim if disjoint(dim) else Dim.even(dim.size, axes, mesh)
 
     def _channels(self, call: Call, layouts: tuple[Layout, ...], taken: set[str]) -> tuple[Dim, Dim]:
         """Layouts of input channels and filters: split together where the convolution is depthwise."""
         filters = layouts[1].dims[0]
         if call.arg(6, "transposed"):  # its weight is [C, filters / groups, ...]
             return Dim.whole(call.shapes[0][1]), Dim.whole(call.shape[1])
-        if call.arg(8, "groups") == call.shapes[0][1] == call.shape[1]:
+        if _depthwise(call):
             dim = layouts[0].dims[1] if not layouts[0].dims[1].is_whole else filters
             if not dim.axes & taken:
                 return dim, dim
@@ -127,6 +147,10 @@ class ConvolutionRule(Rule):
     def back(self, call: Call, pos: Pos) -> list[tuple[int, Pos]]:
         if pos.dim == 0:
             return [(0, pos)]
+        if pos.dim == 1 and (_depthwise(call) or contracts(call)):
+            filters = Pos(0, pos.outer, pos.size, pos.inner)
+            held = [(i, filters) for i in range(1, len(call.shapes))]
+            return [(0, pos), *held] if _depthwise(call) else held
         if pos.dim > 1 and call.shape[pos.dim] == call.shapes[0][pos.dim]:
             return [(0, pos)]
         return []
@@ -141,9 +165,19 @@ class ConvolutionRule(Rule):
         if groups > 1 and not ins[1].dims[0].is_whole:
             groups = ins[1].local_shape(mesh, rank)[0]
         shape = outs[0].local_shape(mesh, rank)
-        if 0 in shape:  # a kernel has nothing to run on
+        if 0 in shape or 0 in ins[0].local_shape(mesh, rank):  # a kernel has nothing to run on
             return torch.ops.aten.new_zeros.default, (call.args[0], list(shape)), {}
         return call.node.target, (*call.args[:8], groups), {}
+
+
+def contracts(call: Call) -> bool:
+    """Whether a convolution sums over all input channels, with filters in front in its weight."""
+    return call.arg(8, "groups") == 1 and not call.arg(6, "transposed")
+
+
+def _depthwise(call: Call) -> bool:
+    """One filter per channel. With a single channel it is an ordinary convolution just as well."""
+    return not call.arg(6, "transposed") and call.arg(8, "groups") == call.shapes[0][1] == call.shape[1]
 
 
 class PadRule(Rule):
@@ -206,13 +240,42 @@ def _group_norm(call: Call) -> Factors:
 
 
 class GroupNormRule(FactorRule):
-    """Its arguments name the batch, which is local."""
+    """Channels stay split where every rank has whole groups; its arguments name the batch, which is local."""
+
+    def decide(self, call: Call, layouts: tuple[Layout, ...], mesh: Mesh) -> Decision:
+        groups = self.groups(call, layouts[0], mesh)
+        if groups is None:
+            return super().decide(call, layouts, mesh)
+        x = layouts[0].summed()
+        statistics = Layout((x.dims[0], groups))
+        return Decision(
+            (x, *(Layout((x.dims[1],)) for _ in layouts[1:])), (x, *[statistics] * (len(call.results) - 1))
+        )
+
+    def groups(self, call: Call, layout: Layout, mesh: Mesh) -> Dim | None:
+        """Layout of the groups where only channels (and the batch) are split, whole groups to every rank."""
+        channels, count = layout.dims[1], call.arg(6, "group")
+        atom = channels.single
+        if channels.is_whole or atom is None or any(not d.is_whole for d in layout.dims[2:]):
+            return None
+        halves = split_atom(atom, count)
+        if halves is None or any(channels.local(mesh, r) == 0 for r in range(mesh.ranks)):
+            return None
+        return Dim.of([halves[0]])
+
+    def back(self, call: Call, pos: Pos) -> list[tuple[int, Pos]]:
+        count = call.arg(6, "group")
+        if pos.dim == 1 and pos.outer == 1 and pos.extent == call.shape[1] and pos.size % count == 0:
+            pos = Pos(1, 1, count, call.shape[1] // count)  # channels go in whole groups
+        return super().back(call, pos)
 
     def localise(
         self, call: Call, ins: tuple[Layout, ...], outs: tuple[Layout, ...], mesh: Mesh, rank: int
     ) -> Localised:
         args = list(call.args)
-        args[3] = outs[0].local_shape(mesh, rank)[0]
+        args[3], args[4] = outs[0].local_shape(mesh, rank)[:2]
+        if len(outs) > 1:
+            args[6] = outs[1].local_shape(mesh, rank)[1]
         return call.node.target, tuple(args), call.kwargs
 
 

@@ -28,12 +28,21 @@ from fastpar.core.mesh import Mesh
 
 @dataclass(frozen=True)
 class Pos:
-    """A factor inside a tensor dimension: its ``size`` rows, ``outer`` above and ``inner`` below it."""
+    """A factor inside a tensor dimension: its ``size`` rows, ``outer`` above and ``inner`` below it.
+
+    ``start`` is how many rows stand before all of these in the dimension: not 0 for a segment of it only.
+    """
 
     dim: int
     outer: int
     size: int
     inner: int
+    start: int = 0
+
+    @property
+    def extent(self) -> int:
+        """Rows of the dimension that the factor covers."""
+        return self.outer * self.size * self.inner
 
 
 @dataclass(frozen=True)

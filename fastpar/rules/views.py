@@ -88,6 +88,24 @@ def _spans(shape: tuple[int, ...]) -> list[tuple[int, int]]:
     return out[::-1]
 
 
+def view_back_major(shape: tuple[int, ...], view: tuple[int, ...], pos: Pos) -> Pos | None:
+    """Of the dimensions of ``shape`` that together hold the factor ``pos`` of ``view``: what the outermost has of it.
+
+    Heads x width, of which a merged dimension is made, can be cut between heads only.
+    """
+    low = pos.inner * math.prod(view[pos.dim + 1 :])
+    high, below = low * pos.size, 1
+    for dim in reversed(range(len(shape))):
+        above = below * shape[dim]
+        if below < high <= above:
+            unit = max(below, low)
+            if above % high or high % unit or unit % below or unit % low:
+                return None
+            return Pos(dim, above // high, high // unit, unit // below)
+        below = above
+    return None
+
+
 def view_back(shape: tuple[int, ...], view: tuple[int, ...], pos: Pos) -> Pos | None:
     """The factor ``pos`` of ``view`` as a factor of one dimension of ``shape``, if it is one."""
     inner = pos.inner * math.prod(view[pos.dim + 1 :])

@@ -7,7 +7,7 @@ line all take: plan -> mesh and pipeline -> passes -> localise.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from fastpar.core.errors import OptionError, PlanError
@@ -18,6 +18,10 @@ from fastpar.graph.pipeline import Callback, PassContext, Pipeline, callbacks
 from fastpar.graph.program import Program
 from fastpar.passes.localise import Localise
 from fastpar.plan.expand import IMPLEMENTED, mesh_for, pipeline_text
+from fastpar.plan.planner import Choice, choose
+from fastpar.plan.predict import predict
+from fastpar.plan.topology import detect, load
+from fastpar.plan.workload import workload
 from fastpar.registry import PASSES
 
 
@@ -32,6 +36,7 @@ class Built:
     pipeline: Pipeline
     notes: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)  # per pass, without the verifier
+    choice: Choice | None = None  # the plans that were weighed, where there was a topology to weigh them by
 
     @property
     def dealt(self) -> str | None:
@@ -47,15 +52,13 @@ class Built:
 
 
 def resolve(plan: Plan | str, ranks: int | None = None) -> Plan:
-    """A plan whose degrees multiply to ``ranks``; ``auto`` becomes the first valid plan.
+    """A plan whose degrees multiply to ``ranks``, all of whose terms are implemented.
 
-    Raises PlanError where they do not, or where nothing says how many ranks there are.
+    Raises PlanError where it is not, or where ``auto`` does not know how many ranks there are.
     """
     plan = Plan.parse(plan) if isinstance(plan, str) else plan
-    if plan.auto:
-        if ranks is None:
-            raise PlanError("plan 'auto' needs the number of ranks: give ranks=N, or degrees as in 'ulysses=4'")
-        return replace(plan, auto=False, ulysses=ranks)
+    if plan.auto and ranks is None:
+        raise PlanError("plan 'auto' needs the number of ranks: give ranks=N, or degrees as in 'ulysses=4'")
     missing = plan.unsupported(IMPLEMENTED)
     if missing:
         raise PlanError(
@@ -66,6 +69,27 @@ def resolve(plan: Plan | str, ranks: int | None = None) -> Plan:
     return plan
 
 
+def planned(
+    program: Program, plan: Plan | str, ranks: int | None, topology: str | None, lowering: str = "inductor"
+) -> tuple[Plan, tuple[str, ...], Choice | None, list[str]]:
+    """(plan, order of its axes on the devices, what ``auto`` weighed, notes) for a captured program.
+
+    With a topology, or ``auto``, axes are placed by their links; else in the plan's own order.
+    """
+    asked = resolve(plan, ranks)
+    if not asked.auto and topology is None:
+        return asked, (), None, []
+    n = ranks if asked.auto and ranks else asked.degree
+    box, why = (load(topology), "") if topology is not None else detect(n)
+    work = workload(program)
+    choice = choose(work, n, box, lowering)
+    if asked.auto:
+        won = choice.verdicts[0].prediction
+        assert won is not None
+        return choice.plan, won.order, choice, [choice.note, *filter(None, [why])]
+    return asked, predict(work, asked, box, lowering).order, choice, []
+
+
 def build(
     program: Program,
     plan: Plan | str,
@@ -73,24 +97,24 @@ def build(
     passes: str | None = None,
     callback: Callback | None = None,
     verify_structure: bool = True,
+    topology: str | None = None,
+    lowering: str = "inductor",
 ) -> Built:
     """Run the plan's pipeline (or ``passes``) on a captured program.
 
     ``passes`` may refine the plan's pipeline but not contradict it: it must contain the
-    attention pass that the plan asks for. Raises PlanError, OptionError, CheckError.
+    attention pass that the plan asks for. ``topology`` (a preset's name or a file) places the plan's
+    axes, and decides what ``auto`` is. Raises PlanError, OptionError, CheckError.
     """
-    asked = Plan.parse(plan) if isinstance(plan, str) else plan
-    plan = resolve(asked, ranks)
+    plan, order, choice, notes = planned(program, plan, ranks, topology, lowering)
     expected = Pipeline.parse(pipeline_text(plan), PASSES)
     pipeline = expected if passes is None else Pipeline.parse(passes, PASSES)
     if passes is not None:
         _agrees(pipeline, expected, plan)
-    mesh = mesh_for(plan, program.graph)
-    notes: list[Any] = []
-    if asked.auto:
-        notes.append(f"plan auto: {plan}, the first valid plan on {mesh.ranks} ranks")
+    mesh = mesh_for(plan, program.graph, order)
     notes += [f"lossy: {reason}" for reason in plan.lossy]
-    ctx = PassContext(mesh=mesh, plan=plan, notes=notes)
+    ctx = PassContext(mesh=mesh, plan=plan, notes=list(notes))
+    notes = ctx.notes
     seconds: dict[str, float] = {}
 
     def timed(previous: Any, now: Program, following: Any, took: float) -> None:
@@ -104,7 +128,7 @@ def build(
     start.mesh, start.plan = mesh, plan
     lowered = pipeline.run(start, ctx, callbacks(each))
     notes += [n for n in lowered.notes if n not in notes]
-    return Built(program, lowered, mesh, plan, pipeline, notes, seconds)
+    return Built(program, lowered, mesh, plan, pipeline, notes, seconds, choice)
 
 
 def _agrees(pipeline: Pipeline, expected: Pipeline, plan: Plan) -> None:

@@ -29,6 +29,19 @@ class FallbackReport:
     bytes: int
 
 
+@dataclass(frozen=True)
+class PlanRow:
+    """One plan that the planner weighed: predicted milliseconds per call (None where it is invalid), of which
+    communication that is not hidden, bytes that leave the busiest rank, gigabytes of memory, and why."""
+
+    plan: str
+    milliseconds: float | None
+    exposed: float | None
+    bytes: int | None
+    gigabytes: float | None
+    reason: str
+
+
 @dataclass
 class Report:
     """Result of ``verify`` (all fields) or ``explain`` (those that need no run).
@@ -39,7 +52,9 @@ class Report:
     seconds that products and reductions take on a roofline, communication not counted. Of several graphs
     they are those of all together, weighted by ``eager_flops`` and ``eager_time`` (eager's FLOPs, and its
     seconds on the roofline). Bytes are per step (one call of the model) and leave a rank for others;
-    ``bytes_per_rank`` is the largest rank's, ``bytes_formula`` the plan's closed form.
+    ``bytes_per_rank`` is the largest rank's, ``bytes_formula`` the plan's closed form. With a topology,
+    ``predicted`` has the seconds of this plan's program on the virtual clock (in all, computing, communicating,
+    exposed) and ``plans`` every plan that was weighed.
     """
 
     plan: str
@@ -64,6 +79,9 @@ class Report:
     formula: str = ""
     notes: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    topology: str = ""
+    predicted: dict[str, float] = field(default_factory=dict)
+    plans: list[PlanRow] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

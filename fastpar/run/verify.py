@@ -24,6 +24,7 @@ from fastpar.graph.capture import Captured, Inputs, Recorded, call_arguments, ca
 from fastpar.graph.check import check_order
 from fastpar.graph.count import Collective, attainable, bytes_per_rank, collectives, flops, node_flops
 from fastpar.graph.program import Program, source_line, target_name
+from fastpar.plan import clock
 from fastpar.plan.formula import dealt_bytes, volume
 from fastpar.run.build import Built, build
 from fastpar.run.compare import (
@@ -34,7 +35,7 @@ from fastpar.run.compare import (
     same_bits,
 )
 from fastpar.run.diverge import first_difference
-from fastpar.run.report import FallbackReport, Replicated, Report
+from fastpar.run.report import FallbackReport, PlanRow, Replicated, Report
 from fastpar.sharding.candidates import find, find_batch
 
 
@@ -77,15 +78,18 @@ def explain(
     ranks: int | None = None,
     passes: str | None = None,
     verify_structure: bool = True,
+    topology: str | None = None,
 ) -> Report:
     """What a plan would do to ``model``: shares, collectives, bytes, fallbacks; nothing is run.
 
-    Works on fake tensors: a model of any size can be explained on a laptop.
+    Works on fake tensors: a model of any size can be explained on a laptop. ``topology`` (a preset's name or a
+    TOML file) adds the predicted time, and what other plans would take.
     """
     captured = model if isinstance(model, Captured) else capture(model, _given(inputs))
     report = None
     for recorded in captured.programs:
-        part = _explained(build(recorded.program, plan, ranks, passes, verify_structure=verify_structure))
+        built = build(recorded.program, plan, ranks, passes, verify_structure=verify_structure, topology=topology)
+        part = _explained(built)
         report = part if report is None else _join(report, part)
     return _nothing(report)
 
@@ -167,6 +171,7 @@ def _explained(built: Built) -> Report:
         formula=form.text,
         notes=list(map(str, built.notes)),
         seconds=dict(built.seconds),
+        **_timed(built),
     )
 
 
@@ -177,6 +182,23 @@ def _dealt(built: Built) -> list[Collective]:
     deal = built.mesh.size((built.dealt,))
     sent = dealt_bytes(built.captured, deal)
     return [Collective("broadcast", built.dealt, sent // deal, len(built.captured.outputs), "", "output")]
+
+
+def _timed(built: Built) -> dict[str, Any]:
+    """Fields of the report that need a topology."""
+    if built.choice is None:
+        return {}
+    box = built.choice.topology
+    line = clock.run([built.localise(r) for r in range(built.mesh.ranks)], box)
+    deal = built.mesh.size((built.dealt,)) if built.dealt else 1
+    rows = [
+        PlanRow(v.plan, 1e3 * p.seconds, 1e3 * p.exposed, int(p.bytes), p.memory / 1e9, v.reason)
+        if (p := v.prediction) is not None
+        else PlanRow(v.plan, None, None, None, None, v.reason)
+        for v in built.choice.verdicts
+    ]
+    parts = ("seconds", "compute", "communication", "exposed")
+    return {"topology": box.name, "predicted": {k: getattr(line, k) / deal for k in parts}, "plans": rows}
 
 
 def _replicated(built: Built, eager: int) -> list[Replicated]:
@@ -216,6 +238,8 @@ def _join(a: Report, b: Report) -> Report:
     a.attainable_share = _weighted((a.attainable_share, b.attainable_share), flops)
     a.time_share = _weighted((a.time_share, b.time_share), (a.eager_time, b.eager_time))
     a.eager_flops, a.eager_time = sum(flops), a.eager_time + b.eager_time
+    a.predicted = {k: a.predicted.get(k, 0) + b.predicted.get(k, 0) for k in {*a.predicted, *b.predicted}}
+    a.plans = a.plans if flops[0] >= flops[1] else b.plans  # those of the graph with more work
     a.replicated = [
         replace(r, share=r.share * own / a.eager_flops)
         for x, own in zip((a, b), flops, strict=True)

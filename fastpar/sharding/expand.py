@@ -21,7 +21,7 @@ from fastpar.core.layout import Dim, Layout
 from fastpar.core.mesh import Mesh
 from fastpar.ops.redistribute import redistribute
 from fastpar.rules import Call, rule_for
-from fastpar.rules.spatial import CONVOLUTION, pad_arguments, padded
+from fastpar.rules.spatial import CONVOLUTION, GroupNormRule, contracts, pad_arguments, padded
 from fastpar.sharding import expand_reduce, expand_rows
 
 Written = Callable[..., Any]  # takes the operator's own arguments
@@ -58,10 +58,22 @@ def traced(call: Call, written: Written) -> fx.Graph:
 def _convolution(call: Call, layouts: Sequence[Layout], mesh: Mesh) -> Written | None:
     layout = layouts[0].summed()
     pads = CONVOLUTION.padding(call, layout)
-    if not any(pads) or any(padded(d, n, n) is None for d, n in zip(layout.dims, pads, strict=True)):
+    if any(padded(d, n, n) is None for d, n in zip(layout.dims, pads, strict=True)):
+        pads = [0] * len(pads)
+    channels = layout.dims[1], layouts[1].dims[1]
+    summed = contracts(call) and len(layouts) > 2 and not all(d.is_whole for d in channels)
+    if not any(pads) and not summed:
         return None
 
     def written(x: torch.Tensor, w: torch.Tensor, b: Any, stride: Any, padding: Any, *rest: Any) -> torch.Tensor:
+        if summed:  # the bias is added once, to the whole sum
+            out = written_padded(x, w, None, stride, padding, *rest)
+            return out + b.reshape([1, -1] + [1] * (x.dim() - 2))
+        return written_padded(x, w, b, stride, padding, *rest)
+
+    def written_padded(x: torch.Tensor, w: torch.Tensor, b: Any, stride: Any, padding: Any, *rest: Any) -> torch.Tensor:
+        if not any(pads):
+            return aten.convolution.default(x, w, b, stride, padding, *rest)
         padding = list(padding) * (len(pads) - 2) if len(padding) == 1 else list(padding)
         left = [0 if done else p for p, done in zip(padding, pads[2:], strict=True)]
         x = aten.constant_pad_nd.default(x, pad_arguments(pads), 0)
@@ -71,7 +83,9 @@ def _convolution(call: Call, layouts: Sequence[Layout], mesh: Mesh) -> Written |
 
 
 def _group_norm(call: Call, layouts: Sequence[Layout], mesh: Mesh) -> Written | None:
-    if all(d.is_whole for d in layouts[0].dims[1:]):
+    rule = rule_for(call)
+    assert isinstance(rule, GroupNormRule)
+    if all(d.is_whole for d in layouts[0].dims[1:]) or rule.groups(call, layouts[0], mesh) is not None:
         return None
 
     def written(

@@ -20,11 +20,11 @@ def busiest(graph: fx.Graph, mesh: Mesh) -> float:
         if schema is not None and schema.name in HEAVY:
             layout, depth = node.meta["layout"], _depth(node)
             for rank in range(mesh.ranks):
-                work[rank] += math.prod(layout.local_shape(mesh, rank)) * depth
+                work[rank] += math.prod(layout.local_shape(mesh, rank)) * each
     return max(work)
 
 
-def _depth(node: fx.Node) -> int:
+def depth(node: fx.Node) -> int:
     """Multiply-adds per element of the result."""
     if is_attention(node):
         return 2 * int(node.args[1].meta["val"].shape[-2])  # type: ignore[union-attr]
