@@ -101,11 +101,14 @@ def _rectangle(
             return None
         groups = layouts[1].dims[lead - 1].size if len(layouts[1].dims) == len(result.dims) else 1
         dim = heads[-1]
-        if groups < mesh.size(spent) or dim.size % groups or not dim.is_whole:
-            return None
         if layouts[1].dims[lead - 1].size == 1 < dim.size:  # one key head for all: it is not split
             groups = dim.size
-        heads[-1] = Dim.split(dim.size, spent, even_parts(dim.size, mesh.size(spent), dim.size // groups))
+        if groups < mesh.size(spent) or dim.size % groups:
+            return None
+        finer = _divided(dim, spent, mesh, dim.size // groups)
+        if finer is None:
+            return None
+        heads[-1] = finer
     rows = without_axes(result.dims[-2], spent, mesh)
     out = Layout((*heads, rows, result.dims[-1]))
     wants = [Layout((*heads, rows, layouts[0].dims[-1]))]
@@ -121,6 +124,18 @@ def _rectangle(
         steps = mesh.size(mesh.ordered(want.dims[-2].axes)) - 1
         sent = [a + steps * math.prod(want.local_shape(mesh, r)) for r, a in enumerate(sent)]
     return float(work), max(sent), wants, out
+
+
+def _divided(dim: Dim, spent: tuple[str, ...], mesh: Mesh, unit: int) -> Dim | None:
+    """Heads split over ``spent`` too, in multiples of ``unit``, within the parts that they have (of ``tp``)."""
+    atom = dim.single
+    if dim.is_whole:
+        return Dim.even(dim.size, spent, mesh, unit)
+    if atom is None or len(atom.segs) != 1 or atom.segs[0].offsets or any(p % unit for p in atom.segs[0].parts):
+        return None
+    seg = atom.segs[0]
+    parts = [n for part in seg.parts for n in even_parts(part, mesh.size(spent), unit)]
+    return Dim.split(seg.size, (*seg.axes, *spent), parts)
 
 
 def without_axes(dim: Dim, gone: tuple[str, ...], mesh: Mesh) -> Dim:

@@ -103,7 +103,8 @@ class _Writer:
             if have != want:
                 start = boxes[0].src[d]
                 x = self._emit(node, torch.ops.aten.slice.Tensor, (x, d, start, start + want))
-        if x is not self._value(node.args[0]):  # type: ignore[arg-type]
+        sliced = x is not self._value(node.args[0])  # type: ignore[arg-type]
+        if sliced and node.meta.get("why") != "weight":  # products take a weight's slice as a view
             x = self._emit(node, torch.ops.aten.clone.default, (x,), {"memory_format": torch.contiguous_format})
         return x
 

@@ -4,22 +4,27 @@ Candidates are found backward, layouts spread forward. Where attention is factor
 are several candidates, and where a view cuts rows in multiples there are several
 granularities: each is tried, and of those that split about as much work as any, the one that
 moves the fewest bytes wins, work that would be left unbalanced counted at the same rate.
+Weights are cut over the axis ``tp``, whatever else is split over the others.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import fx
 
 from fastpar.core.errors import PlanError
+from fastpar.core.layout import Layout
 from fastpar.core.mesh import Mesh
 from fastpar.graph.pipeline import Pass, PassContext
 from fastpar.graph.program import Program, module_of
 from fastpar.sharding.candidates import Candidate, Seed, find, find_batch, is_attention
 from fastpar.sharding.insert import Inserter, Sharded, heavy_ahead
+from fastpar.sharding.weights import Group, find_weights, layouts_of
 from fastpar.sharding.work import busiest
 
 REPEATED = 1.25  # work of the busiest rank over the least that any choice leaves it: more, and rows were missed
@@ -27,7 +32,7 @@ REPEATED = 1.25  # work of the busiest rank over the least that any choice leave
 
 @dataclass(frozen=True)
 class Shard(Pass):
-    """Split tokens over the mesh's token axes, and the batch over ``cfg``."""
+    """Split tokens over the mesh's token axes, the batch over ``cfg`` and weights over ``tp``."""
 
     name: ClassVar[str] = "shard"
     stage_in: ClassVar[str] = "captured"
@@ -40,17 +45,22 @@ class Shard(Pass):
         unknown = [a for a in self.axes if a not in mesh.names]
         if unknown:
             raise PlanError(f"shard: axis {unknown[0]!r} is not on the mesh, which has {list(mesh.names)}")
-        tokens = tuple(a for a in self.axes or mesh.names if a != "cfg")
+        tokens = tuple(a for a in self.axes or mesh.names if a not in ("cfg", "tp"))
         batch = self._batch(program, ctx) if "cfg" in mesh.names else []
         candidates = find(program.graph)
-        best = self._best(program.graph, mesh, tokens, candidates, batch, ctx)
+        groups = self._groups(program, mesh) if mesh.size(_named(mesh, "tp")) > 1 else []
+        weights = layouts_of(groups, ("tp",), mesh)
+        best = self._best(program.graph, mesh, tokens, candidates, batch, weights, ctx)
         gm = module_of(program.gm, best.graph, "Sharded")
         out = Program(gm, program.inputs, "sharded", program.name, mesh, program.plan, list(program.notes))
         gm.graph.eliminate_dead_code()
         gm.meta = dict(program.gm.meta)
         alive = set(gm.graph.nodes)
         gm.meta["fallbacks"] = [f for f in best.fallbacks if f.node in alive]
-        if not candidates:
+        if "tp" in mesh.names:
+            gm.meta["cut"] = frozenset(node.name for group in groups for node in group.inside | group.rows)
+            out.notes.append(_memory(program, weights, mesh))
+        if not candidates and tokens:
             out.notes.append("nothing to split: no attention and no product over rows; every rank runs all of it")
         gm.recompile()
         return out
@@ -70,6 +80,20 @@ class Shard(Pass):
             )
         return []
 
+    def _groups(self, program: Program, mesh: Mesh) -> list[Group]:
+        """Products whose weights are cut: those found, without any in which an operator would need a value whole."""
+        weights = [n for n, i in zip(program.placeholders, program.inputs, strict=True) if i.kind == "parameter"]
+        groups = find_weights(program.graph, weights)
+        while groups:
+            cut = layouts_of(groups, ("tp",), mesh)
+            tried = Inserter(program.graph, mesh, [], weights=cut).run()
+            forced = {f.at for f in tried.fallbacks}
+            kept = [g for g in groups if not any(node is not None and g.holds(node) for node in forced)]
+            if len(kept) == len(groups):
+                break
+            groups = kept
+        return groups
+
     def _best(
         self,
         graph: fx.Graph,
@@ -77,10 +101,11 @@ class Shard(Pass):
         tokens: tuple[str, ...],
         candidates: list[Candidate],
         batch: list[tuple[Seed, tuple[str, ...]]],
+        weights: dict[fx.Node, Layout],
         ctx: PassContext,
     ) -> Sharded:
         if not candidates or mesh.size(tokens) == 1:
-            return Inserter(graph, mesh, batch).run()
+            return Inserter(graph, mesh, batch, weights=weights).run()
         options: list[tuple[float, float, Sharded]] = []
         tried: list[str] = []
         for candidate in candidates:
@@ -88,7 +113,7 @@ class Shard(Pass):
             while units:
                 unit = units.pop(0)
                 seeds = [(seed, tokens) for seed in candidate.seeds]
-                result = Inserter(graph, mesh, [*batch, *seeds], unit).run()
+                result = Inserter(graph, mesh, [*batch, *seeds], unit, weights).run()
                 if unit == 1:
                     units += sorted(result.units)
                 options.append((busiest(result.graph, mesh), predicted_bytes(result, mesh), result))
@@ -101,6 +126,35 @@ class Shard(Pass):
         if len(tried) > 1:
             ctx.notes.append("shard tried " + "; ".join(tried) + f"; chose {moved / 1e6:.3f} MB")
         return best
+
+
+def _memory(program: Program, weights: dict[fx.Node, Layout], mesh: Mesh) -> str:
+    """What cutting weights means for a rank's memory, as a note."""
+    n = mesh.size(("tp",))
+    if not weights:
+        return f"tp={n}: no weight of this graph can be cut, so the ranks of this axis repeat each other"
+    values = [n.meta["val"] for n, i in zip(program.placeholders, program.inputs, strict=True) if i.kind == "parameter"]
+    full = sum(v.numel() * v.element_size() for v in values)
+    cut = sum(n.meta["val"].numel() * n.meta["val"].element_size() for n in weights)
+    used, copied = [0] * mesh.ranks, [0] * mesh.ranks
+    for node, layout in weights.items():
+        for rank in range(mesh.ranks):
+            size = math.prod(layout.local_shape(mesh, rank)) * node.meta["val"].element_size()
+            used[rank] += size
+            copied[rank] += 0 if all(_one_run(d.rows(mesh, rank)) for d in layout.dims) else size
+    return (
+        f"tp={n}: of {full / 1e6:.3f} MB of weights {cut / 1e6:.3f} MB are cut, {max(used) / 1e6:.3f} MB of them to a "
+        f"rank. Under torch.compile alone all of them stay; slices are views but {max(copied) / 1e6:.3f} MB, which are "
+        "copied in every call"
+    )
+
+
+def _one_run(rows: np.ndarray) -> bool:
+    return len(rows) == 0 or int(rows[-1]) - int(rows[0]) == len(rows) - 1
+
+
+def _named(mesh: Mesh, axis: str) -> tuple[str, ...]:
+    return (axis,) if axis in mesh.names else ()
 
 
 def _dealable(output: object) -> bool:

@@ -6,7 +6,7 @@ Bytes are the payload that leaves a rank for others; copies to itself do not cou
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -180,7 +180,17 @@ def carrying(program: Program, candidates: Sequence[Candidate]) -> tuple[dict[fx
     return marks, carriers
 
 
-def attainable(program: Program, candidates: Sequence[Candidate]) -> int:
-    """FLOPs (of a captured program) of operators that carry a row to be split, in an operand or contracted."""
-    _, carriers = carrying(program, candidates)
-    return sum(node_flops(node, _shape) for node in carriers)
+def attainable(
+    program: Program, candidates: Sequence[Candidate], ranks: int, cut: Collection[str] = (), tp: int = 1
+) -> float:
+    """FLOPs that a rank is left with at best, of a captured program.
+
+    An operator that carries a row to be split, in an operand or contracted, is shared by ``ranks``; one whose name
+    is in ``cut`` works on columns of weights and is shared by ``tp``; one that does both, by both.
+    """
+    carriers = carrying(program, candidates)[1] if ranks > 1 else set()
+    return sum(
+        node_flops(node, _shape) / ((ranks if node in carriers else 1) * (tp if node.name in cut else 1))
+        for node in program.graph.nodes
+        if node.op == "call_function"
+    )

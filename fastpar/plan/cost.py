@@ -3,8 +3,9 @@
 One place for the closed forms: ``formula.py`` holds counted bytes against them, the planner evaluates them for
 plans that nobody has built. Symbols: Q, K elements of the query and of the key tensor of one attention
 (B S H D and B T H D); n ranks that split its tokens, of which u share out heads, w share the rows of one step of
-a ring (where heads do not fill the Ulysses axis) and r form the ring: n = u w r. E elements of the outputs, N all
-ranks. Sources: DeepSpeed-Ulysses section 3; USP table 1; Ring Attention section 3; DistriFusion section 4.
+a ring (where heads do not fill the Ulysses axis) and r form the ring: n = u w r. S elements of a rank's result of a
+product whose weight is cut by rows over t ranks. E elements of the outputs, N all ranks. Sources: DeepSpeed-Ulysses
+section 3; USP table 1; Ring Attention section 3; DistriFusion section 4; Megatron-LM section 3.
 """
 
 from __future__ import annotations
@@ -16,16 +17,17 @@ from typing import Any
 
 import sympy
 
-Q, K, E, n, N, u, w, r = sympy.symbols("Q K E n N u w r", positive=True)
+Q, K, S, E, n, N, u, w, r, t = sympy.symbols("Q K S E n N u w r t", positive=True)
 
 ELEMENTS: dict[str, Any] = {
     "queries and outputs to heads and back": 2 * Q / n * (u - 1) / u,
     "keys and values to heads": 2 * K / (r * u) * (u * w - 1) / (u * w),
     "keys and values round the ring": 2 * K / (r * u) * (r - 1),
     "keys and values gathered": 2 * K * (n - 1) / n,
+    "sums of products": 2 * S * (t - 1) / t,
     "outputs": E * (N - 1) / N,
 }
-"""Elements that leave a rank, per attention (the first four) and per call."""
+"""Elements that leave a rank: per attention (the first four), per pair of products whose weights are cut, per call."""
 
 COLLECTIVES: dict[str, Any] = {
     "ulysses": sympy.Piecewise((4, u > 1), (2, w > 1), (0, True)),

@@ -12,7 +12,7 @@ from fastpar.core.mesh import Mesh
 from fastpar.core.plan import Plan
 from fastpar.sharding.candidates import is_attention
 
-IMPLEMENTED = ("ulysses", "ring", "gather", "cfg", "naive", "auto")
+IMPLEMENTED = ("ulysses", "ring", "gather", "cfg", "tp", "naive", "auto")
 """Plan terms that the compiler runs today; others are a clear error."""
 
 
@@ -47,7 +47,7 @@ def mesh_for(plan: Plan, graph: fx.Graph, order: Sequence[str] = ()) -> Mesh:
     axes: list[tuple[str, int]] = []
     place = {name: i for i, name in enumerate(order)}
     for name, degree in sorted(plan.axes, key=lambda a: place.get(a[0], -1)):
-        factors = _factors(degree, _head_counts(graph)) if name == "ulysses" else [degree]
+        factors = _factors(degree, _head_counts(graph, plan.tp or 1)) if name == "ulysses" else [degree]
         if len(factors) == 1:
             axes.append((name, degree))
         else:
@@ -60,12 +60,14 @@ def axis_of(name: str) -> str:
     return name.rstrip("0123456789")
 
 
-def _head_counts(graph: fx.Graph) -> list[int]:
+def _head_counts(graph: fx.Graph, tp: int) -> list[int]:
+    """Heads of attentions, the most frequent number first; where weights are cut, those that a rank has at most."""
     counts: dict[int, int] = {}
     for node in graph.nodes:
         if is_attention(node) and node.meta["val"].dim() >= 3:
             key = node.args[1].meta["val"]
             heads = int(key.shape[-3]) if int(key.shape[-3]) > 1 else int(node.meta["val"].shape[-3])
+            heads = -(-heads // tp)
             counts[heads] = counts.get(heads, 0) + 1
     return sorted(counts, key=lambda h: -counts[h])
 

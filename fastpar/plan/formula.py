@@ -18,6 +18,7 @@ from fastpar.core.plan import Plan
 from fastpar.graph.program import Program
 from fastpar.ops.ring import attention_lse
 from fastpar.plan import cost
+from fastpar.sharding.insert import HEAVY
 
 
 def dealt_bytes(program: Program, degree: int) -> int:
@@ -42,12 +43,17 @@ def volume(sharded: Program, plan: Plan, mesh: Mesh) -> Volume:
     total = 0.0
     dealt = sharded.gm.meta.get("dealt")
     deal = mesh.size((dealt,)) if dealt else 1
-    n = mesh.ranks // deal
+    n = mesh.ranks // deal // (plan.tp or 1)
     for node in sharded.graph.nodes:
         if n == 1:
             break
         if node.meta.get("split_keys") and node.target in (torch.ops.fastpar.attention.default, attention_lse):
             total += _attention(node, plan, mesh, deal)
+    for node in sharded.graph.nodes if plan.tp and plan.tp > 1 else ():
+        if _contracts_cut(node):
+            size = node.meta["val"].numel() * node.meta["val"].element_size()
+            shared = mesh.size(mesh.ordered(node.meta["layout"].split_axes))  # ranks that have other rows of it
+            total += cost.number(cost.ELEMENTS["sums of products"])(S=size / shared, t=plan.tp)
     for node in set(sharded.graph.output_node().all_input_nodes):
         if n > 1 and node.meta.get("why") == "output" or _from_output(node):
             value = node.meta["val"]
@@ -58,12 +64,20 @@ def volume(sharded: Program, plan: Plan, mesh: Mesh) -> Volume:
     return Volume(math.ceil(total), _form(plan))
 
 
+def _contracts_cut(node: fx.Node) -> bool:
+    """A product whose weight is cut by rows (norms over cut columns sum less than a row each: not part of the form)."""
+    layout, schema = node.meta.get("layout"), getattr(node.target, "_schema", None)
+    return isinstance(layout, Layout) and "tp" in layout.partial_axes and schema is not None and schema.name in HEAVY
+
+
 def _form(plan: Plan) -> str:
     """The plan's closed form as text, in the symbols of ``cost``."""
     names = list(cost.ELEMENTS)
     terms = [names[3]] if plan.gather else [*names[:2] * bool(plan.ulysses), *names[2:3] * bool(plan.ring)]
-    outputs = f"outputs {cost.text('outputs')}"
-    return f"sum over attentions of {cost.text(*terms)}, plus {outputs}" if terms else outputs
+    out = [f"sum over attentions of {cost.text(*terms)}"] if terms else []
+    if plan.tp and plan.tp > 1:
+        out.append(f"sum over pairs of products of {cost.text('sums of products')}")
+    return ", plus ".join([*out, f"outputs {cost.text('outputs')}"])
 
 
 def _from_output(node: fx.Node) -> bool:
@@ -86,14 +100,15 @@ def _from_output(node: fx.Node) -> bool:
 def _attention(node: fx.Node, plan: Plan, mesh: Mesh, deal: int) -> float:
     q, k = (a.meta["val"] for a in node.args[:2])  # type: ignore[union-attr]
     size = q.element_size()
-    n = mesh.ranks // (plan.cfg or 1)
-    c = (plan.cfg or 1) // deal  # each half of the batch is attended by its own ranks
+    cut = plan.tp or 1  # heads that other ranks have the weights of
+    n = mesh.ranks // (plan.cfg or 1) // cut
+    c = (plan.cfg or 1) // deal * cut  # each half of the batch is attended by its own ranks
     qs, ks = q.numel() / c, k.numel() / c
     if plan.gather:
         return cost.attention_elements("gather", Q=qs, K=ks, n=n) * size
     # a rank works on 1/u of the heads; w ranks share those heads and the rows of one step of the ring
     layout: Layout = node.args[0].meta["layout"]  # type: ignore[union-attr]
-    spent = layout.dims[-3].axes if len(layout.dims) > 2 else frozenset()
+    spent = layout.dims[-3].axes - {"tp"} if len(layout.dims) > 2 else frozenset()
     u = mesh.size(mesh.ordered(spent)) if spent else 1
     r = plan.ring or 1
     return cost.attention_elements("usp", Q=qs, K=ks, n=n, u=u, w=n // (u * r), r=r) * size

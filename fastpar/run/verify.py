@@ -150,7 +150,10 @@ def _explained(built: Built) -> Report:
     # Of calls that are dealt, a rank runs one in ``deal``; what it does then is split over the other axes.
     deal = built.mesh.size((built.dealt,)) if built.dealt else 1
     batch = find_batch(built.captured.graph) if built.plan.cfg else None
-    split = attainable(built.captured, find(built.captured.graph) + ([batch] if batch else []))
+    tp = built.plan.tp or 1
+    cut = built.lowered.gm.meta.get("cut", ())
+    candidates = find(built.captured.graph) + ([batch] if batch else [])
+    left = attainable(built.captured, candidates, ranks // deal // tp, cut, tp)
     times, whole = roofline.seconds(built.lowered), roofline.seconds(built.captured)[0]
     form = volume(built.lowered, built.plan, built.mesh)
     return Report(
@@ -159,7 +162,7 @@ def _explained(built: Built) -> Report:
         ranks=ranks,
         graphs=1,
         flops_share=max(shared) / eager / deal if eager else 1.0,
-        attainable_share=(split * deal / ranks + eager - split) / eager / deal if eager else 1.0,
+        attainable_share=left / eager / deal if eager else 1.0,
         time_share=max(times) / whole / deal if whole else 1.0,
         eager_flops=eager,
         eager_time=whole,

@@ -37,6 +37,7 @@ class Fallback:
     kind: str
     bytes: int  # leaving the busiest rank
     node: fx.Node  # of the sharded graph, for the source line
+    at: fx.Node | None = None  # the operator, in the captured graph
 
 
 @dataclass
@@ -82,10 +83,21 @@ def seed_layout(layout: Layout, pos: Pos, axes: tuple[str, ...], mesh: Mesh, uni
 
 
 class Inserter:
-    """Writes the sharded graph of ``graph`` for seeds that are each cut over axes of ``mesh``, in ``unit`` rows."""
+    """Writes the sharded graph of ``graph`` for seeds that are each cut over axes of ``mesh``, in ``unit`` rows.
 
-    def __init__(self, graph: fx.Graph, mesh: Mesh, seeds: Sequence[tuple[Seed, Axes]], unit: int = 1) -> None:
-        self.mesh, self.unit = mesh, unit
+    ``weights`` has layouts of placeholders, for the weights that are cut.
+    """
+
+    def __init__(
+        self,
+        graph: fx.Graph,
+        mesh: Mesh,
+        seeds: Sequence[tuple[Seed, Axes]],
+        unit: int = 1,
+        weights: Mapping[fx.Node, Layout] | None = None,
+    ) -> None:
+        self.mesh, self.unit, self.weights = mesh, unit, weights or {}
+        self.within: fx.Node | None = None  # what is being written out
         self.seeds: dict[fx.Node, list[tuple[Pos, Axes]]] = {}
         for seed, axes in seeds:
             if mesh.size(axes) > 1:
@@ -153,6 +165,8 @@ class Inserter:
         self.out.values[node] = new
         if tensor:
             self._hold(node, new, Layout.whole(node.meta["val"].shape))
+        if node in self.weights:
+            self._hold(node, self._get(node, self.weights[node], "weight"), self.weights[node])
 
     def _output(self, node: fx.Node) -> None:
         def arg(n: fx.Node) -> fx.Node:
@@ -190,6 +204,7 @@ class Inserter:
     def _inline(self, node: fx.Node, call: Call, graph: fx.Graph) -> None:
         """Walk over ``graph`` in the place of ``node``."""
         operands = iter(call.operands)
+        outermost, self.within = self.within, self.within or node
         for inner in graph.nodes:
             if inner.op == "placeholder":
                 self._alias(inner, next(operands))
@@ -199,6 +214,7 @@ class Inserter:
                 self._call(inner, expand=inner.target is not node.target)  # an operator may be part of its own
             else:
                 result = inner.args[0]
+        self.within = outermost
         if isinstance(result, fx.Node):
             self._alias(node, result)
             self.out.values[node].meta["origin"] = node.name
@@ -226,7 +242,14 @@ class Inserter:
             if i in forced and not call.tail and not known and not is_local(have, want, self.mesh):
                 gather = forced[i]
                 self.out.fallbacks.append(
-                    Fallback(call.name, gather.reason, gather.kind, self.out.moved - before, operands[-1])
+                    Fallback(
+                        call.name,
+                        gather.reason,
+                        gather.kind,
+                        self.out.moved - before,
+                        operands[-1],
+                        self.within or call.node,
+                    )
                 )
                 operands[-1].meta["reason"] = gather.reason
                 if "stack_trace" in call.node.meta:  # the operator that forced it, not its producer

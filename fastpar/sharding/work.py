@@ -18,7 +18,7 @@ def busiest(graph: fx.Graph, mesh: Mesh) -> float:
     for node in graph.nodes:
         schema = getattr(node.target, "_schema", None)
         if schema is not None and schema.name in HEAVY:
-            layout, depth = node.meta["layout"], _depth(node)
+            layout, each = node.meta["layout"], depth(node)
             for rank in range(mesh.ranks):
                 work[rank] += math.prod(layout.local_shape(mesh, rank)) * each
     return max(work)
