@@ -8,6 +8,7 @@ from pathlib import Path
 
 COMMANDS = {
     "real_size": ["benchmarks.real_size", "--depths"],
+    "plans": ["benchmarks.plans"],
     "verify_speed": ["benchmarks.verify_speed"],
 }
 

@@ -116,8 +116,8 @@ def _predict(work: Workload, plan: Plan, topology: Topology, lowering: str, orde
             collectives += part[3] * attention.count
             buffers = max(buffers, part[4])
         if plan.tp and plan.tp > 1:  # Megatron-LM, section 3: one sum behind each attention, one behind its MLP
-            size = attention.batch * attention.heads * attention.queries * attention.width * attention.itemsize
-            size /= split // plan.tp
+            rows = attention.batch * attention.heads * attention.queries * attention.width
+            size = rows * attention.itemsize / (split // plan.tp)
             summed = 2 * place.all_to_all(["tp"], 2 * size / plan.tp) * attention.count
             communication, exposed = communication + summed, exposed + summed
             sent += 2 * attention.count * cost.number(cost.ELEMENTS["sums of products"])(S=size, t=plan.tp)
