@@ -216,6 +216,35 @@ MUTANTS = (
         "self.localiser.call(node, self.rank)", "self.localiser.call(node, 0)",
         plan("joint attention, uneven, one text token"),
     ),
+    # -- what is not sent, and what is predicted
+    Mutant(
+        "own sums are not scaled to all ranks", "fastpar/ops/alone.py", "        scale *= n\n", "        scale *= 1\n",
+        ("tests/test_naive.py", "-k", "as_if_it_were_the_image"),
+    ),
+    Mutant(
+        "rows turned round stay where they were counted", "fastpar/rules/views.py",
+        "seg.size - start - part for", "start for", operator("rows turned round and rolled"),
+    ),
+    Mutant(
+        "a sum over split rows is the rank's own largest", "fastpar/sharding/expand_reduce.py",
+        "        total = aten.sum.dim_IntList(e, [d], True)\n", "        total = aten.amax.default(e, [d], True)\n",
+        operator("softmax and its logarithm along split rows"),
+    ),
+    Mutant(
+        "a variance about zero", "fastpar/sharding/expand_reduce.py",
+        "        y = y - centre  # two passes", "        y = y + 0  # two passes",
+        operator("deviations and norms along split rows"),
+    ),
+    Mutant(
+        "a machine's link for each of its devices", "fastpar/plan/topology.py",
+        "np.bincount(end[crosses], size[crosses]).max()", "size[crosses].max()",
+        ("tests/test_planner.py", "-k", "shared_by_its_devices"),
+    ),
+    Mutant(
+        "a wait ends when the exchange starts", "fastpar/plan/clock.py",
+        "ends[k][m] = ranks[m].free = begin + lasts[k]", "ends[k][m] = ranks[m].free = begin",
+        ("tests/test_planner.py", "-k", "prediction_agree"),
+    ),
 )  # fmt: skip
 
 
