@@ -2,7 +2,7 @@
 
 ``torch.compile(model, backend="fastpar")`` needs no import of this package. What it offers
 beside that (all in one process, N virtual ranks): ``verify``, ``explain``, ``simulate``,
-``capture`` and the classes ``Plan`` and ``Report``.
+``capture`` and the classes ``Plan`` and ``Report``; and ``shard_weights``, for ranks that hold parts of weights.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from fastpar.graph.capture import Captured, capture
     from fastpar.run.report import Report
     from fastpar.run.verify import explain, simulate, verify
+    from fastpar.run.weights import shard_weights
 
-__all__ = ["__version__", "Captured", "Plan", "Report", "capture", "explain", "simulate", "verify"]
+__all__ = ["__version__", "Captured", "Plan", "Report", "capture", "explain", "shard_weights", "simulate",
+           "verify"]  # fmt: skip
 
 _HOMES = {
     "Captured": "fastpar.graph.capture",
@@ -25,6 +27,7 @@ _HOMES = {
     "Report": "fastpar.run.report",
     "capture": "fastpar.graph.capture",
     "explain": "fastpar.run.verify",
+    "shard_weights": "fastpar.run.weights",
     "simulate": "fastpar.run.verify",
     "verify": "fastpar.run.verify",
 }

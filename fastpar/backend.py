@@ -28,6 +28,7 @@ from fastpar.run.artefact import Artefact, Runner
 from fastpar.run.build import Built, build
 from fastpar.run.groups import check_device, group_of, need_group, process_groups, world
 from fastpar.run.stream import Dealt, ends_frame, frame_counter
+from fastpar.run.weights import Held, axes_held, is_shell, whole_examples
 
 log = logging.getLogger("fastpar")
 
@@ -52,13 +53,16 @@ def fastpar(
     group = group_of((options or {}).get("mesh"))
     with compiling(group):
         chosen = Options.from_user(options, mode)
-        return compile_fx(gm, example_inputs, lambda program: finish(program, chosen, group, ends_frame(gm)))
+        hold, last = any(map(is_shell, example_inputs)), ends_frame(gm)
+        examples = whole_examples(example_inputs)
+        return compile_fx(gm, examples, lambda program: finish(program, chosen, group, last, hold))
 
 
-def finish(program: Program, options: Options, group: Any, last: bool = False) -> Runner:
+def finish(program: Program, options: Options, group: Any, last: bool = False, hold: bool = False) -> Runner:
     """One captured program to the function that runs this rank's share of it.
 
-    ``last``: its results go to the user, so that those which come from other ranks may come late.
+    ``last``: its results go to the user, so that those which come from other ranks may come late. ``hold``: its
+    weights are shells (``shard_weights``), for which it takes this rank's parts.
     """
     rank, ranks = world(group)
     need_group(group, max(ranks, 1 if options.plan.auto else options.plan.degree))
@@ -67,20 +71,25 @@ def finish(program: Program, options: Options, group: Any, last: bool = False) -
     lowering = options.lowering or ("inductor" if device.type == "cuda" else "eager")
     if options.cudagraphs:
         raise OptionError("option 'cudagraphs' is not implemented yet; leave it out")
+    if options.verify and hold:
+        raise OptionError("option 'verify' needs the whole weights on every rank; leave it out with shard_weights")
     number = _compiled["count"]
     _compiled["count"] += 1
     begin = time.perf_counter()
     dump = dumper(Path(options.dump) / f"rank{rank}" / f"graph{number}") if options.dump else None
     built = build(
-        program, options.plan, ranks, options.passes, callback=dump, topology=options.topology, lowering=lowering
+        program, options.plan, ranks, options.passes, dump, topology=options.topology, lowering=lowering, hold=hold
     )
     agree(_fields(built, lowering), group, options.timeout)
     dealt = (built.dealt,) if built.dealt else ()
-    groups = process_groups(built.lowered.graph, built.mesh, group, [dealt] if dealt else [])
+    also = [*([dealt] if dealt else []), *axes_held(built.lowered)]
+    groups = process_groups(built.lowered.graph, built.mesh, group, also)
     local = built.localise(rank, groups)
     if dump is not None:
         dump(None, local, None, 0.0)
     runner: Runner = LOWERINGS[lowering]()(local)
+    if hold:
+        runner = Held(runner, built.lowered, built.mesh, rank, groups)
     if dealt:
         me, degree = built.mesh.coordinate(rank, dealt), built.mesh.size(dealt)
         runner = Dealt(runner, program, me, degree, groups[dealt], frame_counter(), last)

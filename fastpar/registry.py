@@ -32,6 +32,12 @@ def _cancel() -> type[Pass]:
     return Cancel
 
 
+def _hold() -> type[Pass]:
+    from fastpar.passes.hold import Hold
+
+    return Hold
+
+
 def _localise() -> type[Pass]:
     from fastpar.passes.localise import Localise
 
@@ -64,6 +70,7 @@ PASSES: dict[str, Callable[[], type[Pass]]] = {
     "naive": _naive,
     "cancel": _cancel,
     "lower": _lower,
+    "hold": _hold,
     "localise": _localise,
 }
 

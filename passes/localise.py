@@ -67,6 +67,11 @@ class _Writer:
             else:
                 new = self.graph.node_copy(node, self._value)
                 new.meta = dict(node.meta)
+                layout = node.meta.get("layout")
+                if node.op == "placeholder" and isinstance(layout, Layout) and not layout.is_whole:
+                    value = node.meta["val"]
+                    with value.fake_mode:
+                        new.meta["val"] = value.new_empty(layout.local_shape(self.mesh, self.rank))
                 self.env[node] = new
         return self.graph
 

@@ -24,7 +24,7 @@ from fastpar.graph.pipeline import Pass, PassContext
 from fastpar.graph.program import Program, module_of
 from fastpar.sharding.candidates import Candidate, Seed, find, find_batch, is_attention
 from fastpar.sharding.insert import Inserter, Sharded, heavy_ahead
-from fastpar.sharding.weights import Group, find_weights, layouts_of
+from fastpar.sharding.weights import Group, find_weights, layouts_of, layouts_of_slices
 from fastpar.sharding.work import busiest
 
 REPEATED = 1.25  # work of the busiest rank over the least that any choice leaves it: more, and rows were missed
@@ -48,8 +48,7 @@ class Shard(Pass):
         tokens = tuple(a for a in self.axes or mesh.names if a not in ("cfg", "tp"))
         batch = self._batch(program, ctx) if "cfg" in mesh.names else []
         candidates = find(program.graph)
-        groups = self._groups(program, mesh) if mesh.size(_named(mesh, "tp")) > 1 else []
-        weights = layouts_of(groups, ("tp",), mesh)
+        groups, weights = self._cut(program, mesh) if "tp" in mesh.names else ([], {})
         best = self._best(program.graph, mesh, tokens, candidates, batch, weights, ctx)
         gm = module_of(program.gm, best.graph, "Sharded")
         out = Program(gm, program.inputs, "sharded", program.name, mesh, program.plan, list(program.notes))
@@ -80,19 +79,21 @@ class Shard(Pass):
             )
         return []
 
-    def _groups(self, program: Program, mesh: Mesh) -> list[Group]:
-        """Products whose weights are cut: those found, without any in which an operator would need a value whole."""
+    def _cut(self, program: Program, mesh: Mesh) -> tuple[list[Group], dict[fx.Node, Layout]]:
+        """Products whose weights are cut, and layouts of these: those found, without any in which an operator would
+        need a value whole."""
         weights = [n for n, i in zip(program.placeholders, program.inputs, strict=True) if i.kind == "parameter"]
         groups = find_weights(program.graph, weights)
         while groups:
-            cut = layouts_of(groups, ("tp",), mesh)
-            tried = Inserter(program.graph, mesh, [], weights=cut).run()
-            forced = {f.at for f in tried.fallbacks}
-            kept = [g for g in groups if not any(node is not None and g.holds(node) for node in forced)]
+            columns = layouts_of(groups, ("tp",), mesh)
+            tried = Inserter(program.graph, mesh, [], weights=columns).run()
+            forced = {f.at for f in tried.fallbacks if f.at is not None}
+            kept = [g for g in groups if not any(map(g.holds, forced))]
             if len(kept) == len(groups):
-                break
+                rows = layouts_of_slices(tried, [n for n in weights if n not in columns], mesh)
+                return groups, {**columns, **rows}
             groups = kept
-        return groups
+        return [], {}
 
     def _best(
         self,
@@ -151,10 +152,6 @@ def _memory(program: Program, weights: dict[fx.Node, Layout], mesh: Mesh) -> str
 
 def _one_run(rows: np.ndarray) -> bool:
     return len(rows) == 0 or int(rows[-1]) - int(rows[0]) == len(rows) - 1
-
-
-def _named(mesh: Mesh, axis: str) -> tuple[str, ...]:
-    return (axis,) if axis in mesh.names else ()
 
 
 def _dealable(output: object) -> bool:

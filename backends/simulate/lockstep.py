@@ -20,7 +20,7 @@ from fastpar.core.mesh import Mesh
 from fastpar.graph.program import Program
 from fastpar.ops.alone import alone, alone_across
 from fastpar.ops.collectives import all_gather, all_reduce, all_to_all, exchange_across, local
-from fastpar.ops.redistribute import across, redistribute
+from fastpar.ops.redistribute import across, redistribute, take
 from fastpar.ops.ring import redistribute_all
 from fastpar.rules.localise import Localiser
 from fastpar.sharding.candidates import is_attention
@@ -41,8 +41,9 @@ def run_global(program: Program, args: Sequence[Any], watch: Watch | None = None
     last = _last_uses(program.graph)
     for node in program.graph.nodes:
         if node.op == "placeholder":
-            value = next(queue)
-            env[node] = [value] * mesh.ranks
+            value, layout = next(queue), node.meta.get("layout")
+            part = isinstance(layout, Layout) and not layout.is_whole  # of a weight that is held in parts
+            env[node] = [take(value, layout, mesh, r) for r in ranks] if part else [value] * mesh.ranks
         elif node.op == "get_attr":
             env[node] = [_attribute(program.gm, str(node.target))] * mesh.ranks
         elif node.op == "output":
@@ -155,7 +156,7 @@ def run_local(programs: Sequence[Program], args: Sequence[Any]) -> list[tuple[An
     Raises CheckError where ranks of one group come to different collectives, or some end early.
     """
     mesh: Mesh = programs[0].mesh
-    runners = [_run_rank(p, list(args)) for p in programs]
+    runners = [_run_rank(p, _own(p, args, rank)) for rank, p in enumerate(programs)]
     results: list[tuple[Any, ...] | None] = [None] * mesh.ranks
     waiting: dict[int, tuple[str, tuple[Any, ...]]] = {}
     answers: dict[int, Any] = dict.fromkeys(range(mesh.ranks))
@@ -182,6 +183,16 @@ def run_local(programs: Sequence[Program], args: Sequence[Any]) -> list[tuple[An
     if waiting:
         raise CheckError(f"ranks {sorted(waiting)} wait for collectives that others never reach")
     return [r for r in results if r is not None]
+
+
+def _own(program: Program, args: Sequence[Any], rank: int) -> list[Any]:
+    """What ``rank`` is given of the whole inputs: its part of the weights that are held in parts."""
+    out = []
+    for node, value in zip(program.placeholders, args, strict=True):
+        layout = node.meta.get("layout")
+        part = isinstance(layout, Layout) and not layout.is_whole
+        out.append(take(value, layout, program.mesh, rank).contiguous() if part else value)
+    return out
 
 
 def _run_rank(program: Program, args: list[Any]) -> Generator[tuple[str, tuple[Any, ...]], Any, tuple[Any, ...]]:

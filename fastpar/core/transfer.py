@@ -71,7 +71,7 @@ class _Cell:
     size: int
 
 
-def _run_starts(rows: np.ndarray) -> list[tuple[int, int, int]]:
+def runs(rows: np.ndarray) -> list[tuple[int, int, int]]:
     """(global start, local start, length) of every contiguous run of ``rows``."""
     if len(rows) == 0:
         return []
@@ -88,7 +88,7 @@ def _pieces(dim: Dim, mesh: Mesh) -> tuple[list[int], list[list[tuple[int, int]]
     held: list[tuple[int, int, int, int]] = []
     for rank in mesh.group(0, axes):
         coordinate = mesh.coordinate(rank, axes)
-        held += [(g, n, coordinate, lo) for g, lo, n in _run_starts(dim.rows(mesh, rank))]
+        held += [(g, n, coordinate, lo) for g, lo, n in runs(dim.rows(mesh, rank))]
     bounds = sorted({g for g, *_ in held} | {g + n for g, n, *_ in held})
     owners: list[list[tuple[int, int]]] = [[] for _ in bounds]
     index = {b: i for i, b in enumerate(bounds)}
@@ -106,7 +106,7 @@ def _cells(src: Dim, dst: Dim, mesh: Mesh, rank: int) -> tuple[_Cell, ...]:
     own = mesh.coordinate(rank, axes)
     count = mesh.size(axes)
     out: list[_Cell] = []
-    for start, local, length in _run_starts(dst.rows(mesh, rank)):
+    for start, local, length in runs(dst.rows(mesh, rank)):
         row, end = start, start + length
         i = bisect_right(bounds, row) - 1
         while row < end:

@@ -99,18 +99,22 @@ def build(
     verify_structure: bool = True,
     topology: str | None = None,
     lowering: str = "inductor",
+    hold: bool = False,
 ) -> Built:
     """Run the plan's pipeline (or ``passes``) on a captured program.
 
     ``passes`` may refine the plan's pipeline but not contradict it: it must contain the
     attention pass that the plan asks for. ``topology`` (a preset's name or a file) places the plan's
-    axes, and decides what ``auto`` is. Raises PlanError, OptionError, CheckError.
+    axes, and decides what ``auto`` is. ``hold``: ranks are given their parts of weights.
+    Raises PlanError, OptionError, CheckError.
     """
     plan, order, choice, notes = planned(program, plan, ranks, topology, lowering)
     expected = Pipeline.parse(pipeline_text(plan), PASSES)
     pipeline = expected if passes is None else Pipeline.parse(passes, PASSES)
     if passes is not None:
         _agrees(pipeline, expected, plan)
+    if hold and pipeline.passes[-1].name != "hold":
+        pipeline = Pipeline.parse(f"{pipeline},hold", PASSES)
     mesh = mesh_for(plan, program.graph, order)
     notes += [f"lossy: {reason}" for reason in plan.lossy]
     ctx = PassContext(mesh=mesh, plan=plan, notes=list(notes))

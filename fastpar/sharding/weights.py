@@ -25,12 +25,15 @@ from torch import fx
 
 from fastpar.core.layout import Atom, Dim, Layout, Seg, even_parts
 from fastpar.core.mesh import Mesh
+from fastpar.core.regroup import Misfit, regroup
+from fastpar.core.transfer import is_local
+from fastpar.ops.redistribute import redistribute
 from fastpar.rules import Call, Pos, rule_for
 from fastpar.rules.pointwise import PointwiseRule
 from fastpar.rules.spatial import contracts
 from fastpar.rules.views import view_back_major
 from fastpar.sharding.candidates import Seed, Walk, is_attention
-from fastpar.sharding.insert import HEAVY
+from fastpar.sharding.insert import HEAVY, Sharded
 from fastpar.sharding.work import depth
 
 # Of a product: the operands that are multiplied, and in which dimension of each the contracted factor is.
@@ -103,6 +106,42 @@ def layouts_of(groups: Collection[Group], axes: tuple[str, ...], mesh: Mesh) -> 
         if cut is not None and layout.is_whole:
             out[node] = layout.with_dim(dim, cut)
     return out
+
+
+def layouts_of_slices(sharded: Sharded, weights: Collection[fx.Node], mesh: Mesh) -> dict[fx.Node, Layout]:
+    """Layouts of the weights of which a sharded graph only takes slices of a permutation, a view or a cast.
+
+    So the weights that are cut by rows, which no walk has as seeds: their slices follow from the columns.
+    """
+    out: dict[fx.Node, Layout] = {}
+    for weight in weights:
+        node, ways = sharded.values[weight], []
+        while len(node.users) == 1 and next(iter(node.users)).target in _MOVES:
+            node = next(iter(node.users))
+            ways.append(node)
+        wants = {user.meta["layout"] for user in node.users}
+        if len(wants) != 1 or any(u.target is not redistribute for u in node.users):
+            continue
+        layout: Layout | None = wants.pop()
+        for way in reversed(ways):
+            layout = _before(way, layout) if layout is not None else None
+        if layout is not None and is_local(Layout.whole(layout.shape), layout, mesh):
+            out[weight] = layout
+    return out
+
+
+_MOVES = (torch.ops.aten.permute.default, torch.ops.aten.view.default, torch.ops.aten._to_copy.default)
+
+
+def _before(node: fx.Node, layout: Layout) -> Layout | None:
+    """What the operand of a movement must have for the result to have ``layout``; None where no cut gives it."""
+    if node.target is torch.ops.aten.permute.default:
+        order: list[int] = node.args[1]  # type: ignore[assignment]
+        return Layout(tuple(layout.dims[order.index(d)] for d in range(len(order))))
+    if node.target is torch.ops.aten.view.default:
+        dims = regroup(layout.dims, node.args[0].meta["val"].shape)  # type: ignore[union-attr]
+        return None if isinstance(dims, Misfit) else Layout(dims)
+    return layout
 
 
 def _dim(size: int, held: Mapping[Pos, tuple[int, ...]], axes: tuple[str, ...]) -> Dim | None:
