@@ -26,6 +26,12 @@ def _attention_ring() -> type[Pass]:
     return AttentionRing
 
 
+def _attention_torus() -> type[Pass]:
+    from fastpar.passes.attention_torus import AttentionTorus
+
+    return AttentionTorus
+
+
 def _cancel() -> type[Pass]:
     from fastpar.passes.cancel import Cancel
 
@@ -66,6 +72,7 @@ PASSES: dict[str, Callable[[], type[Pass]]] = {
     "shard": _shard,
     "attention-gather": _attention_gather,
     "attention-ulysses": _attention_ulysses,
+    "attention-torus": _attention_torus,
     "attention-ring": _attention_ring,
     "naive": _naive,
     "cancel": _cancel,

@@ -7,49 +7,63 @@ uneven or empty, never padded; mask columns are cut from the rank's own rows of 
 
 After t steps rank c holds the rows of rank c - t: a layout like any other (windows), so the
 ring's shift is a redistribute, and every step is checked like every other one.
+
+A torus leaves blocks whose keys are split inside a machine: those get the same ring. Blocks of
+other queries with the same keys take what has come round already.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from operator import getitem
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import torch
 from torch import fx
 
 from fastpar.core.layout import Atom, Dim, Layout, Seg
 from fastpar.core.mesh import Mesh
 from fastpar.graph.pipeline import Pass, PassContext
 from fastpar.graph.program import Program
-from fastpar.ops.redistribute import redistribute
-from fastpar.ops.ring import attention_lse, merge, redistribute_all
 from fastpar.passes.attention_gather import split_keys
-from fastpar.sharding.rewrite import redistributed
+from fastpar.sharding.blockwise import Blockwise, Pair, split_over
 
 
 @dataclass(frozen=True)
 class AttentionRing(Pass):
-    """A ring over whatever axes split the keys (after ``attention-ulysses``: those that it left)."""
+    """A ring over whatever axes split the keys (after ``attention-ulysses`` and ``attention-torus``: those left)."""
 
     name: ClassVar[str] = "attention-ring"
     stage_in: ClassVar[str] = "sharded"
 
     def apply(self, program: Program, ctx: PassContext) -> Program:
-        for node in split_keys(program.graph):
+        rounds: dict[Pair, dict[int, Pair]] = {}
+        for node in [*split_keys(program.graph), *filter(split_over, program.graph.nodes)]:
             with program.graph.inserting_before(node):
-                node.replace_all_uses_with(_Ring(node, ctx.mesh).write())
+                ring = _Ring(node, ctx.mesh, rounds)
+                total = ring.write()
+                if split_over(node):
+                    for part in list(node.users):
+                        part.replace_all_uses_with(total[part.args[1]])  # type: ignore[index]
+                        program.graph.erase_node(part)
+                else:
+                    node.replace_all_uses_with(ring.finished(total))
             program.graph.erase_node(node)
         program.gm.recompile()
         return program
 
 
-def rotated(dim: Dim, steps: int, mesh: Mesh) -> Dim:
-    """What every rank holds of ``dim`` after ``steps`` steps: the rows of the rank that many behind it."""
+def rotated(dim: Dim, steps: int, mesh: Mesh, axes: tuple[str, ...] | None = None) -> Dim:
+    """What every rank holds of ``dim`` after ``steps`` steps along ``axes`` (all that split it): the rows of the
+    rank that many behind it."""
 
     def turned(seg: Seg) -> Seg:
-        n, starts = mesh.size(seg.axes), seg.starts()
-        order = [(c - steps) % n for c in range(n)]
+        over = mesh.ordered({a for a in seg.axes if axes is None or a in axes})
+        if not over:
+            return seg
+        order = []
+        for member in mesh.group(0, seg.axes):
+            c, n = mesh.coordinate(member, over), mesh.size(over)
+            order.append(mesh.coordinate(mesh.group(member, over)[(c - steps) % n], seg.axes))
+        starts = seg.starts()
         return Seg(seg.size, seg.axes, tuple(seg.parts[c] for c in order), tuple(starts[c] for c in order))
 
     return Dim.of(atom if atom.whole else Atom(tuple(map(turned, atom.segs))) for atom in dim.atoms)
@@ -61,86 +75,37 @@ def turns(dim: Dim) -> bool:
     return len(split) == 1 and all(frozenset(s.axes) == dim.axes and not s.offsets for s in split[0].segs)
 
 
-class _Ring:
-    def __init__(self, node: fx.Node, mesh: Mesh) -> None:
-        self.node, self.mesh, self.graph = node, mesh, node.graph
-        args: list[Any] = [*node.args, *[None] * (7 - len(node.args))]
-        self.q, self.k, self.v, self.mask = args[:4]
-        self.scale, self.gqa = args[5], bool(args[6])
-        self.keys: Dim = self.k.meta["layout"].dims[-2]
-        axes = mesh.ordered(self.keys.axes)
-        self.steps = mesh.size(axes)
-        if not turns(self.keys):
-            self.keys = Dim.even(self.keys.size, axes, mesh)
-            self.k, self.v = (
-                redistributed(node, x, x.meta["layout"].with_dim(x.meta["val"].dim() - 2, self.keys), "attention")
-                for x in (self.k, self.v)
-            )
+class _Ring(Blockwise):
+    """Of an attention with split keys, or of a block with keys split over some axes."""
 
-    def write(self) -> fx.Node:
-        blocks: list[fx.Node] = [self.k, self.v]
-        total: tuple[fx.Node, fx.Node] | None = None
+    def __init__(self, node: fx.Node, mesh: Mesh, rounds: dict[Pair, dict[int, Pair]]) -> None:
+        super().__init__(node)
+        self.mesh = mesh
+        self.keys: Dim = self.k.meta["layout"].dims[-2]
+        self.axes = split_over(node) or mesh.ordered(self.keys.axes)
+        self.steps = mesh.size(self.axes)
+        if not split_over(node) and not turns(self.keys):
+            self.keys = Dim.even(self.keys.size, self.axes, mesh)
+            self.k, self.v = (self.to(x, _with_keys(x, self.keys)) for x in (self.k, self.v))
+        self.come = rounds.setdefault((self.k, self.v), {0: (self.k, self.v)})
+        self.counted = node.meta.get("split_keys", True) if split_over(node) else True
+
+    def write(self) -> Pair:
+        total: Pair | None = None
         for step in range(self.steps):
             # the next exchange is started before this block is attended: that is what hides it
-            following = self._shift(blocks, step + 1) if step + 1 < self.steps else []
-            block = self._attend(blocks, step)
-            total = block if total is None else self._merge(total, block)
-            blocks = following
+            if step + 1 < self.steps and step + 1 not in self.come:
+                wants = (_with_keys(x, self._keys(step + 1)) for x in (self.k, self.v))
+                self.come[step + 1] = self.keys_to(self.come[step], tuple(wants))  # type: ignore[arg-type]
+            block = self.attend(self.q, self.come[step], self._keys(step), counted=self.counted and step == 0)
+            total = self.merged(total, block)
         assert total is not None
-        value = self.node.meta["val"]
-        if total[0].meta["val"].dtype == value.dtype:
-            return total[0]
-        cast = self._emit(torch.ops.aten._to_copy.default, (total[0],), value, self.node.meta["layout"])
-        cast.kwargs = {"dtype": value.dtype}
-        return cast
+        return total
 
-    def _emit(self, target: Any, args: tuple[Any, ...], value: Any, layout: Any) -> fx.Node:
-        new = self.graph.call_function(target, args)
-        new.meta = {"val": value, "layout": layout}
-        if "stack_trace" in self.node.meta:
-            new.meta["stack_trace"] = self.node.meta["stack_trace"]
-        return new
+    def _keys(self, step: int) -> Dim:
+        return rotated(self.keys, step, self.mesh, self.axes)
 
-    def _pair(self, node: fx.Node) -> tuple[fx.Node, fx.Node]:
-        a, b = (
-            self._emit(getitem, (node, i), node.meta["val"][i], node.meta["layout"][i]) for i in range(2)
-        )
-        return a, b
 
-    def _shift(self, blocks: list[fx.Node], steps: int) -> list[fx.Node]:
-        srcs = [b.meta["layout"] for b in blocks]
-        dsts = [x.with_dim(len(x.dims) - 2, rotated(self.keys, steps, self.mesh)) for x in srcs]
-        texts = [list(map(str, srcs)), list(map(str, dsts))]
-        moved = self._emit(
-            redistribute_all, (blocks, *texts), [b.meta["val"] for b in blocks], tuple(dsts)
-        )
-        moved.meta["why"] = "attention"
-        return list(self._pair(moved))
-
-    def _attend(self, blocks: list[fx.Node], step: int) -> tuple[fx.Node, fx.Node]:
-        keys: Dim = blocks[0].meta["layout"].dims[-2]
-        mask = self.mask
-        if isinstance(mask, fx.Node):
-            have: Layout = mask.meta["layout"]
-            if have.dims and have.dims[-1].size == keys.size > 1:
-                want = have.with_dim(len(have.dims) - 1, rotated(self.keys, step, self.mesh))
-                mask = self._emit(redistribute, (mask, str(have), str(want)), mask.meta["val"], want)
-                mask.meta["why"] = "mask"
-        out = self.node.meta["layout"]
-        value = self.node.meta["val"]
-        with value.fake_mode:
-            operands = [x.meta["val"] if isinstance(x, fx.Node) else x for x in (self.q, *blocks, mask)]
-            fake = attention_lse(*operands, self.scale, self.gqa)
-        node = self._emit(
-            attention_lse,
-            (self.q, *blocks, mask, self.scale, self.gqa),
-            tuple(fake),
-            (out, Layout(out.dims[:-1])),
-        )
-        node.meta["split_keys"] = step == 0
-        return self._pair(node)
-
-    def _merge(self, a: tuple[fx.Node, fx.Node], b: tuple[fx.Node, fx.Node]) -> tuple[fx.Node, fx.Node]:
-        values = tuple(x.meta["val"] for x in a)
-        layouts = tuple(x.meta["layout"] for x in a)
-        return self._pair(self._emit(merge, (*a, *b), values, layouts))
+def _with_keys(x: fx.Node, keys: Dim) -> Layout:
+    layout: Layout = x.meta["layout"]
+    return layout.with_dim(len(layout.dims) - 2, keys)

@@ -58,19 +58,10 @@ class AttentionUlysses(Pass):
 
     def _rewrite(self, node: fx.Node, axes: tuple[str, ...], mesh: Mesh) -> tuple[int, tuple[str, ...]]:
         """Returns the number of heads and the axes that were spent on them."""
-        q, k, v = node.args[:3]
-        layouts: list[Layout] = [x.meta["layout"] for x in (q, k, v)]  # type: ignore[union-attr]
+        layouts: list[Layout] = [x.meta["layout"] for x in node.args[:3]]  # type: ignore[union-attr]
         result: Layout = node.meta["layout"]
-        options = []
-        for count in range(len(axes) + 1):
-            for spent in itertools.combinations(axes, count):
-                option = _rectangle(layouts, result, axes, spent, mesh)
-                if option is not None:
-                    options.append((*option, spent))
-        least = min(option[0] for option in options)
-        _, _, wants, out, spent = min(
-            (o for o in options if o[0] <= UNBALANCED * least), key=lambda o: (o[1], o[0])
-        )
+        best = min(rectangles(layouts, result, axes, mesh), key=lambda o: (o.sent, o.work))
+        wants, out, spent = best.wants, best.out, best.spent
         args = list(node.args)
         for i, want in enumerate(wants):
             args[i] = redistributed(node, args[i], want, "attention")  # type: ignore[arg-type]
@@ -89,11 +80,40 @@ class AttentionUlysses(Pass):
         return (out.dims[-3].size if len(out.dims) > 2 else 1), spent
 
 
+@dataclass(frozen=True)
+class Rectangle:
+    """One way to share out an attention: heads over the axes ``spent``, query rows over the others.
+
+    ``work`` of the busiest rank, elements that it sends (a ring that follows included), layouts that q, k and v
+    have then, and the result.
+    """
+
+    work: float
+    sent: int
+    wants: list[Layout]
+    out: Layout
+    spent: tuple[str, ...]
+
+
+def rectangles(layouts: list[Layout], result: Layout, axes: tuple[str, ...], mesh: Mesh) -> list[Rectangle]:
+    """Ways to share out an attention over ``axes``, those in which the busiest rank has about the least work.
+
+    ``layouts`` are those of q, k and v.
+    """
+    found = []
+    for count in range(len(axes) + 1):
+        for spent in itertools.combinations(axes, count):
+            option = _rectangle(layouts, result, axes, spent, mesh)
+            if option is not None:
+                found.append(option)
+    least = min(option.work for option in found)
+    return [option for option in found if option.work <= UNBALANCED * least]
+
+
 def _rectangle(
     layouts: list[Layout], result: Layout, axes: tuple[str, ...], spent: tuple[str, ...], mesh: Mesh
-) -> tuple[float, int, list[Layout], Layout] | None:
-    """(work of the busiest rank, elements it sends, a ring that follows included, layouts of q, k and v, of
-    the result) when heads are split over ``spent`` and query rows over what is left; None with too few heads."""
+) -> Rectangle | None:
+    """None with too few heads."""
     lead = len(result.dims) - 2
     heads = list(result.dims[:lead])
     if spent:
@@ -123,7 +143,7 @@ def _rectangle(
     for want in wants[1:]:  # what is left to a ring makes all but one of its steps with this share of the heads
         steps = mesh.size(mesh.ordered(want.dims[-2].axes)) - 1
         sent = [a + steps * math.prod(want.local_shape(mesh, r)) for r, a in enumerate(sent)]
-    return float(work), max(sent), wants, out
+    return Rectangle(float(work), max(sent), wants, out, spent)
 
 
 def _divided(dim: Dim, spent: tuple[str, ...], mesh: Mesh, unit: int) -> Dim | None:

@@ -31,7 +31,8 @@ class Cancel(Pass):
                 direct = max(elements_sent(src, dst, mesh))
                 alone = len(inner.users) == 1
                 hop = max(elements_sent(middle, dst, mesh)) + (max(elements_sent(src, middle, mesh)) if alone else 0)
-                if direct <= hop:
+                # a value that others need as well travels anyway: going round it gains nothing but messages
+                if direct < hop or (direct == hop and (alone or direct == 0)):
                     node.args = (inner.args[0], str(src), str(dst))
             if node.args[1] == node.args[2]:
                 node.replace_all_uses_with(node.args[0])

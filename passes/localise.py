@@ -16,11 +16,12 @@ from torch import fx
 
 from fastpar.core.layout import Layout
 from fastpar.core.mesh import Mesh
-from fastpar.core.transfer import changed_axes, transfer
+from fastpar.core.transfer import transfer
 from fastpar.graph.pipeline import Pass, PassContext
 from fastpar.graph.program import Program, module_of
 from fastpar.ops.alone import alone, place, placement
 from fastpar.ops.collectives import Exchange, all_gather, all_reduce, all_to_all, local, pack, unpack
+from fastpar.ops.join import join, join_order
 from fastpar.rules.localise import Localiser
 
 _C10D = torch.ops._c10d_functional
@@ -118,12 +119,19 @@ class _Writer:
         x = self._value(node.args[0])  # type: ignore[arg-type]
         return self._emit(node, place, (x, *placement(src, dst, self.mesh, self.rank)))
 
+    def join(self, node: fx.Node) -> fx.Node:
+        xs, srcs, dst, dim = node.args
+        layouts = [Layout.parse(str(t)) for t in srcs]  # type: ignore[union-attr]
+        order = join_order(layouts, Layout.parse(str(dst)), int(str(dim)), self.mesh, self.rank)
+        pieces = [self._value(xs[i]) for i in order]  # type: ignore[index, arg-type]
+        return self._emit(node, torch.ops.aten.cat.default, (pieces, dim))
+
     def all_to_all(self, node: fx.Node) -> _Started:
         srcs, dsts = ([Layout.parse(str(t)) for t in a] for a in node.args[1:3])  # type: ignore[union-attr]
         exchange = Exchange(srcs, dsts, self.mesh, self.rank)
         xs = self._map(node.args[0])
         buffer = self._emit(node, pack, (xs, exchange.send_boxes))
-        name = self._group(changed_axes(srcs[0], dsts[0], self.mesh))
+        name = self._group(exchange.axes)
         args = (buffer, exchange.receive_splits, exchange.send_splits, name)
         return _Started(self, node, self._emit(node, _C10D.all_to_all_single.default, args), exchange, len(xs))
 
@@ -131,7 +139,7 @@ class _Writer:
         src, dst = (Layout.parse(str(a)) for a in node.args[1:3])
         exchange = Exchange([src], [dst], self.mesh, self.rank)
         buffer = self._emit(node, pack, ([self._value(node.args[0])], exchange.send_boxes_to(0)))  # type: ignore[arg-type]
-        name = self._group(changed_axes(src, dst, self.mesh))
+        name = self._group(exchange.axes)
         args = (buffer, len(exchange.group), name)
         started = self._emit(node, _C10D.all_gather_into_tensor.default, args)
         return _Part(_Started(self, node, started, exchange, 1), 0)
@@ -180,6 +188,7 @@ class _Part:
 _HANDLERS: dict[Any, Any] = {
     local: _Writer.local,
     alone: _Writer.alone,
+    join: _Writer.join,
     all_to_all: _Writer.all_to_all,
     all_gather: _Writer.all_gather,
     all_reduce: _Writer.all_reduce,

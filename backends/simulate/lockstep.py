@@ -20,9 +20,11 @@ from fastpar.core.mesh import Mesh
 from fastpar.graph.program import Program
 from fastpar.ops.alone import alone, alone_across
 from fastpar.ops.collectives import all_gather, all_reduce, all_to_all, exchange_across, local
+from fastpar.ops.join import join, join_across
 from fastpar.ops.redistribute import across, redistribute, take
-from fastpar.ops.ring import redistribute_all
+from fastpar.ops.ring import attention_lse, merge, redistribute_all
 from fastpar.rules.localise import Localiser
+from fastpar.sharding.blockwise import split_over
 from fastpar.sharding.candidates import is_attention
 
 Watch = Callable[[fx.Node, list[Any]], None]
@@ -54,6 +56,8 @@ def run_global(program: Program, args: Sequence[Any], watch: Watch | None = None
                 env[node] = meaning(node, env, mesh)
             elif is_attention(node) and not node.args[1].meta["layout"].dims[-2].is_whole:
                 env[node] = _attention(node, env, mesh)
+            elif split_over(node):
+                env[node] = _block(node, env, mesh)
             else:
                 env[node] = [_call(node, env, localiser, r) for r in ranks]
         if watch is not None:
@@ -85,6 +89,30 @@ def _attention(node: fx.Node, env: dict[fx.Node, list[Any]], mesh: Mesh) -> list
         # by position: q, k and v may be one value, and q stays the rank's own rows
         out.append(target(*(gathered[i][rank] if i in gathered else a for i, a in enumerate(args)), **kwargs))
     return out
+
+
+def _block(node: fx.Node, env: dict[fx.Node, list[Any]], mesh: Mesh) -> list[Any]:
+    """A block whose keys are split means: over the keys of all ranks of the group, each with its mask columns."""
+    keys: Dim = node.args[1].meta["layout"].dims[-2]  # type: ignore[union-attr]
+    q, k, v, mask, *options = fx.map_arg(node.args[:6], lambda n: env[n])
+    out = []
+    for rank in range(mesh.ranks):
+        total = None
+        for member in mesh.group(rank, split_over(node)):
+            columns = mask[rank] if mask is not None else None
+            if columns is not None and columns.shape[-1] == keys.size > 1:
+                rows = torch.from_numpy(keys.rows(mesh, member).copy()).to(columns.device)
+                columns = columns.index_select(columns.dim() - 1, rows)
+            block = attention_lse(q[rank], k[member], v[member], columns, *options)
+            total = block if total is None else merge(*total, *block)
+        out.append(total)
+    return out
+
+
+def _join(node: fx.Node, env: dict[fx.Node, list[Any]], mesh: Mesh) -> list[Any]:
+    xs, srcs, dst, dim = node.args
+    layouts = [Layout.parse(str(t)) for t in srcs]  # type: ignore[union-attr]
+    return join_across([env[x] for x in xs], layouts, Layout.parse(str(dst)), int(str(dim)), mesh)  # type: ignore[union-attr]
 
 
 def _redistribute(node: fx.Node, env: dict[fx.Node, list[Any]], mesh: Mesh) -> list[Any]:
@@ -134,6 +162,7 @@ _MEANING: dict[Any, Callable[..., list[Any]]] = {
     redistribute_all: _redistribute_all,
     local: _exchange,
     alone: _alone,
+    join: _join,
     all_to_all: _exchange,
     all_gather: _exchange,
     all_reduce: _all_reduce,

@@ -118,19 +118,36 @@ def _cells(src: Dim, dst: Dim, mesh: Mesh, rank: int) -> tuple[_Cell, ...]:
     return tuple(out)
 
 
+@lru_cache(maxsize=16384)
 def changed_axes(src: Layout, dst: Layout, mesh: Mesh) -> tuple[str, ...]:
-    """Mesh axes along which a change of layout may have to communicate, in mesh order."""
-    axes = {x for a, b in zip(src.dims, dst.dims, strict=True) if a != b for x in a.axes | b.axes}
-    return mesh.ordered(axes)
+    """Mesh axes along which a change of layout communicates, in mesh order.
+
+    A dimension over several axes often moves along one of them (a ring inside a machine, whose rows are
+    split between machines as well), and then only those ranks need to meet. Where nothing moves, the
+    axes along which it could.
+    """
+    changed = [(a, b) for a, b in zip(src.dims, dst.dims, strict=True) if a != b]
+    axes = {x for pair in changed for dim in pair for x in dim.axes}
+    moved: set[str] = set()
+    for a, b in changed if len(axes) > 1 else ():
+        over = mesh.ordered(a.axes)
+        members = mesh.group(0, over)  # by coordinate
+        for rank in range(mesh.ranks):
+            mine = members[mesh.coordinate(rank, over)]
+            for owner in {cell.owner for cell in _cells(a, b, mesh, rank)}:
+                moved |= {x for x in over if mesh.coordinate(mine, (x,)) != mesh.coordinate(members[owner], (x,))}
+    return mesh.ordered(moved or axes)
 
 
 @lru_cache(maxsize=65536)
-def transfer(src: Layout, dst: Layout, mesh: Mesh, rank: int) -> Transfer:
-    """``rank``'s sends and receives for ``src -> dst`` (neither partial, same global shape)."""
+def transfer(src: Layout, dst: Layout, mesh: Mesh, rank: int, axes: tuple[str, ...] | None = None) -> Transfer:
+    """``rank``'s sends and receives for ``src -> dst`` (neither partial, same global shape).
+
+    The group is over ``axes``, by default those along which something moves.
+    """
     if src.partial or dst.partial or src.shape != dst.shape:
         raise ValueError(f"no transfer from {src} to {dst}: partial, or of another shape")
-    axes = changed_axes(src, dst, mesh)
-    group = mesh.group(rank, axes)
+    group = mesh.group(rank, changed_axes(src, dst, mesh) if axes is None else axes)
     sends = tuple(_boxes(src, dst, mesh, rank, peer) for peer in group)
     receives = tuple(_boxes(src, dst, mesh, peer, rank) for peer in group)
     return Transfer(group, group.index(rank), sends, receives, dst.local_shape(mesh, rank))

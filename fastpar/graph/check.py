@@ -19,9 +19,11 @@ from fastpar.core.mesh import Mesh
 from fastpar.graph.program import Program, source_line, target_name
 from fastpar.ops.alone import alone
 from fastpar.ops.collectives import all_gather, all_reduce, all_to_all, local
+from fastpar.ops.join import join, join_order
 from fastpar.ops.redistribute import redistribute
 from fastpar.ops.ring import redistribute_all
 from fastpar.rules import Call, rule_for
+from fastpar.sharding.blockwise import split_over
 from fastpar.sharding.candidates import is_attention
 
 _ABSTRACT = {redistribute, redistribute_all}
@@ -79,6 +81,8 @@ def _node(node: fx.Node, stage: str, mesh: Mesh) -> None:
             _fail(node, str(error))
     if node.target is alone:
         _change(node, str(node.args[1]), str(node.args[2]), node.args[0], layout)
+    elif node.target is join:
+        _joined(node, mesh)
     elif node.target in _ABSTRACT:
         if stage != "sharded":
             _fail(node, f"is abstract, in a program that is {stage}")
@@ -109,7 +113,21 @@ def _node(node: fx.Node, stage: str, mesh: Mesh) -> None:
             keys: Layout = node.args[1].meta["layout"]  # type: ignore[union-attr]
             if not keys.dims[-2].is_whole:
                 _fail(node, f"has split keys in a program that is {stage}: no pass gave it a schedule")
+        if stage != "sharded" and split_over(node):
+            _fail(node, f"has a block's keys split over {split_over(node)} in a program that is {stage}: no schedule")
         _infer(node, mesh)
+
+
+def _joined(node: fx.Node, mesh: Mesh) -> None:
+    xs, srcs, dst, dim = node.args
+    for x, src in zip(xs, srcs, strict=True):  # type: ignore[arg-type]
+        _change(node, src, str(dst), x, node.meta["layout"])
+    pieces = [Layout.parse(src) for src in srcs]  # type: ignore[union-attr]
+    try:
+        for rank in range(mesh.ranks):
+            join_order(pieces, Layout.parse(str(dst)), int(str(dim)), mesh, rank)
+    except ValueError as error:
+        _fail(node, str(error))
 
 
 def _change(node: fx.Node, src: str, dst: str, x: Any, layout: Any) -> None:

@@ -21,7 +21,7 @@ import torch
 
 from fastpar.core.layout import Layout
 from fastpar.core.mesh import Mesh
-from fastpar.core.transfer import Box, Transfer, transfer
+from fastpar.core.transfer import Box, Transfer, changed_axes, transfer
 
 _LIB = torch.library.Library("fastpar", "FRAGMENT")
 _PT2 = (torch.Tag.pt2_compliant_tag,)
@@ -146,6 +146,11 @@ torch.library.register_fake("fastpar::unpack", _unpack_fake, lib=_LIB)
 # -- one rank's side of an exchange -----------------------------------------------------------
 
 
+def exchanged_axes(srcs: Sequence[Layout], dsts: Sequence[Layout], mesh: Mesh) -> tuple[str, ...]:
+    """Mesh axes over which several values change their layouts in one exchange, in mesh order."""
+    return mesh.ordered({a for src, dst in zip(srcs, dsts, strict=True) for a in changed_axes(src, dst, mesh)})
+
+
 class Exchange:
     """One rank's side of ``all_to_all`` over several values, as ``pack`` and ``unpack`` need it.
 
@@ -154,10 +159,11 @@ class Exchange:
     """
 
     def __init__(self, srcs: Sequence[Layout], dsts: Sequence[Layout], mesh: Mesh, rank: int) -> None:
-        self.sides: list[Transfer] = [transfer(s, d, mesh, rank) for s, d in zip(srcs, dsts, strict=True)]
+        self.axes = exchanged_axes(srcs, dsts, mesh)
+        self.sides: list[Transfer] = [
+            transfer(s, d, mesh, rank, self.axes) for s, d in zip(srcs, dsts, strict=True)
+        ]
         self.group = self.sides[0].group
-        if any(t.group != self.group for t in self.sides):
-            raise ValueError("values of one exchange travel in one group")
         peers = range(len(self.group))
         self.me = self.sides[0].me
         self.send_splits = [sum(t.send_splits[p] for t in self.sides) for p in peers]

@@ -5,6 +5,9 @@ sums of exponentials (online softmax). ``lse`` is ``[*lead, S]`` in at least flo
 which a block shows no key has lse -inf, decided from the mask and not by the kernel (the CPU
 flash kernel returns 0 for such a row), so the block weighs nothing; a row that no block shows
 a key stays 0, as eager gives it.
+
+In a sharded program the block's keys may still be split ``over`` mesh axes (dotted names). It then means: as if
+every rank had its group's keys, of a mask with the columns of all keys; ``attention-ring`` gives it a schedule.
 """
 
 from __future__ import annotations
@@ -18,8 +21,8 @@ from torch.utils.flop_counter import register_flop_formula
 _LIB = torch.library.Library("fastpar", "FRAGMENT")
 _TAGS = (torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag)
 _LIB.define(
-    "attention_lse(Tensor q, Tensor k, Tensor v, Tensor? mask=None, float? scale=None, bool gqa=False) "
-    "-> (Tensor, Tensor)",
+    "attention_lse(Tensor q, Tensor k, Tensor v, Tensor? mask=None, float? scale=None, bool gqa=False, "
+    "str over='') -> (Tensor, Tensor)",
     tags=_TAGS,
 )
 _LIB.define("merge(Tensor out, Tensor lse, Tensor block, Tensor block_lse) -> (Tensor, Tensor)", tags=_TAGS)
@@ -38,6 +41,7 @@ def _attention_lse(
     mask: torch.Tensor | None = None,
     scale: float | None = None,
     gqa: bool = False,
+    over: str = "",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     shape, wide = q.shape[:-1], _wide(q.dtype)
     if gqa and q.dim() > 2 and k.shape[-3] != q.shape[-3] and k.shape[-3]:
@@ -98,7 +102,9 @@ def _merge(
     )
 
 
-def _attention_lse_fake(q: Any, k: Any, v: Any, mask: Any = None, scale: Any = None, gqa: bool = False) -> Any:
+def _attention_lse_fake(
+    q: Any, k: Any, v: Any, mask: Any = None, scale: Any = None, gqa: bool = False, over: str = ""
+) -> Any:
     wide = _wide(q.dtype)
     return q.new_empty((*q.shape[:-1], v.shape[-1]), dtype=wide), q.new_empty(q.shape[:-1], dtype=wide)
 

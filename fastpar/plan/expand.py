@@ -12,7 +12,7 @@ from fastpar.core.mesh import Mesh
 from fastpar.core.plan import Plan
 from fastpar.sharding.candidates import is_attention
 
-IMPLEMENTED = ("ulysses", "ring", "gather", "cfg", "tp", "naive", "auto")
+IMPLEMENTED = ("ulysses", "ring", "torus", "gather", "cfg", "tp", "naive", "auto")
 """Plan terms that the compiler runs today; others are a clear error."""
 
 
@@ -30,8 +30,10 @@ def pipeline_text(plan: Plan) -> str:
         steps.append("naive")
     if plan.gather:
         steps.append("attention-gather")
-    if plan.ulysses:  # inside a ring, heads take their own axis and leave the ring's to the keys
-        steps.append("attention-ulysses{axes=ulysses}" if plan.ring else "attention-ulysses")
+    if plan.ulysses:  # inside a ring or a torus, heads take their own axis and leave the other to the keys
+        steps.append("attention-ulysses{axes=ulysses}" if plan.ring or plan.torus else "attention-ulysses")
+    if plan.torus:
+        steps.append("attention-torus{axes=torus}" if plan.ring else "attention-torus")
     if plan.ring:
         steps.append("attention-ring")
     return ",".join([*steps, "cancel", "lower"])
@@ -42,12 +44,16 @@ def mesh_for(plan: Plan, graph: fx.Graph, order: Sequence[str] = ()) -> Mesh:
 
     With 2 heads on 4 ranks a rank's share of the attention is one head x half the rows, so
     the axis is two of size 2: ``ulysses0`` for rows and ``ulysses1`` for heads. Later factors
-    vary fastest, so that giving them to heads leaves neighbouring rows together.
+    vary fastest, so that giving them to heads leaves neighbouring rows together. A torus has the heads
+    that Ulysses inside its machines leaves it.
     """
     axes: list[tuple[str, int]] = []
     place = {name: i for i, name in enumerate(order)}
     for name, degree in sorted(plan.axes, key=lambda a: place.get(a[0], -1)):
-        factors = _factors(degree, _head_counts(graph, plan.tp or 1)) if name == "ulysses" else [degree]
+        heads = _head_counts(graph, plan.tp or 1) if name in ("ulysses", "torus") else []
+        if name == "torus":
+            heads = [h // math.gcd(h, plan.ulysses or 1) for h in heads]
+        factors = _factors(degree, heads) if heads else [degree]
         if len(factors) == 1:
             axes.append((name, degree))
         else:

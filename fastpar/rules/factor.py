@@ -114,11 +114,22 @@ class FactorRule(Rule):
             if name not in chosen:
                 continue
             for other in list(chosen):
-                if other != name and chosen[other].axes & chosen[name].axes:
+                shared = other != name and chosen[other].axes & chosen[name].axes
+                if shared and not _one_block(spec, layouts, (name, other)):
                     if (weight[other], name) <= (weight[name], other):
                         del chosen[other]
                         reasons[other] = "two dimensions of one operator are split over the same mesh axis"
         return chosen, reasons
+
+
+def _one_block(spec: Factors, layouts: tuple[Layout, ...], names: tuple[str, str]) -> bool:
+    """True where all operands have both factors, each laid out the same: a rank's rows of the one and of the other
+    are a block of the value already (heads of a stage's rows), and nothing is left to choose."""
+    found = set()
+    for operand, layout in zip(spec.operands, layouts, strict=True):
+        if any(name in operand for name in names):
+            found.add(tuple(layout.dims[operand.index(n)] if n in operand else None for n in names))
+    return len(found) == 1 and None not in found.pop() and not any(name in spec.reduced for name in names)
 
 
 def aligned(shape: tuple[int, ...], out: tuple[int, ...], prefix: str = "d") -> Names:

@@ -13,7 +13,7 @@ from fastpar.core.errors import CaptureError, PlanError
 from fastpar.core.layout import Layout
 from fastpar.core.mesh import Mesh
 from fastpar.core.transfer import changed_axes
-from fastpar.ops.collectives import all_gather, all_reduce, all_to_all
+from fastpar.ops.collectives import all_gather, all_reduce, all_to_all, exchanged_axes
 
 _made: dict[tuple[Any, ...], Any] = {}
 
@@ -65,8 +65,8 @@ def axes_used(graph: fx.Graph, mesh: Mesh) -> list[tuple[str, ...]]:
         elif node.target is all_gather:
             found[changed_axes(Layout.parse(str(node.args[1])), Layout.parse(str(node.args[2])), mesh)] = None
         elif node.target is all_to_all:
-            for src, dst in zip(node.args[1], node.args[2], strict=True):  # type: ignore[arg-type]
-                found[changed_axes(Layout.parse(src), Layout.parse(dst), mesh)] = None
+            srcs, dsts = ([Layout.parse(str(t)) for t in a] for a in node.args[1:3])  # type: ignore[union-attr]
+            found[exchanged_axes(srcs, dsts, mesh)] = None
     return list(found)
 
 
