@@ -51,6 +51,10 @@ def operator(name: str) -> tuple[str, ...]:
     return (f"{CASES}::test_operator[{name}]",)
 
 
+def tp(words: str) -> tuple[str, ...]:
+    return ("tests/test_tp.py", "-k", words)
+
+
 MUTANTS = (
     # -- which rows a rank has
     Mutant(
@@ -153,6 +157,36 @@ MUTANTS = (
         "as many key heads as query heads on a rank", "fastpar/rules/attention.py",
         "group, seg = dim.size // size, atom.segs[0]", "group, seg = 1, atom.segs[0]",
         plan("grouped heads that do not divide"),
+    ),
+    # -- weights that are cut
+    Mutant(
+        "every chunk of a fused weight cut like the first", "fastpar/sharding/weights.py",
+        "replace(pos, start=pos.start + start)", "replace(pos, start=pos.start)", tp("chunks"),
+    ),
+    Mutant(
+        "rows of a weight cut where its columns are", "fastpar/rules/spatial.py",
+        "filters = Pos(0, pos.outer", "filters = Pos(1, pos.outer", tp("convolutions"),
+    ),
+    Mutant(
+        "products give columns and contract rows at once", "fastpar/sharding/weights.py",
+        "if a.columns & b.rows or a.rows & b.columns or a.rows & b.rows:", "if a.rows & b.rows:", tp("closed_form"),
+    ),
+    Mutant(
+        "a bias added by every rank", "fastpar/sharding/expand.py",
+        "out = written_padded(x, w, None, stride", "out = written_padded(x, w, b, stride", tp("convolutions"),
+    ),
+    Mutant(
+        "weights cut inside a head", "fastpar/sharding/weights.py",
+        "factor.grains = math.gcd(factor.grains, pos.size)", "factor.grains = pos.size * pos.inner", tp("chunks"),
+    ),
+    Mutant(
+        "channels cut inside a group", "fastpar/rules/spatial.py",
+        "pos.size % count == 0:", "pos.size < 0:", tp("convolutions"),
+    ),
+    Mutant(
+        "a part of a weight read from its start", "fastpar/run/weights.py",
+        "slice(boxes[d][i][0], sum(boxes[d][i]))", "slice(0, boxes[d][i][1])",
+        ("tests/test_shard_weights.py", "-k", "memory_and_from_a_file"),
     ),
     # -- the ring
     Mutant(

@@ -37,7 +37,7 @@ MODELS = {
     "HunyuanDiT": "HunyuanDiT2DModel",
     "Latte": "LatteTransformer3DModel",
 }
-PLANS = ("ulysses", "gather")
+PLANS = ("ulysses", "gather", "tp")
 RANKS = (1, 2, 3, 4, 5, 8)  # most models of the zoo have 3 heads
 TEXTS = (1, 77, 333)
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}

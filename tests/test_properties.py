@@ -25,7 +25,7 @@ from tests.scatter import PASSES, Scatter
 
 RANKS = (2, 3, 4, 5, 8, 3, 5, 8, 1)
 SEVERAL = ("ulysses=2,ring=2", "ulysses=3,ring=2", "ulysses=2,ring=3", "ulysses=4,ring=2", "cfg=2,ulysses=2",
-           "cfg=2,ring=3", "cfg=2,gather=2", "cfg=2,ulysses=4")  # fmt: skip
+           "cfg=2,ring=3", "cfg=2,gather=2", "cfg=2,ulysses=4", "ulysses=2,tp=2", "ring=2,tp=3", "cfg=2,tp=2")  # fmt: skip
 
 
 @st.composite
@@ -33,7 +33,7 @@ def plans(draw: st.DrawFn) -> str:
     """One term of N ranks; or heads inside a ring (USP), or either beside the two halves of the batch."""
     if draw(st.integers(0, 3)) == 3:
         return draw(st.sampled_from(SEVERAL))
-    return f"{draw(st.sampled_from(('ulysses', 'gather', 'ring')))}={draw(st.sampled_from(RANKS))}"
+    return f"{draw(st.sampled_from(('ulysses', 'gather', 'ring', 'tp')))}={draw(st.sampled_from(RANKS))}"
 
 
 MESHES = (

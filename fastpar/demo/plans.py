@@ -10,6 +10,7 @@ TEMPLATES: tuple[tuple[str, int], ...] = (
     ("ring={n}", 1),
     ("ulysses={n},ring=2", 2),
     ("cfg=2,ulysses={n}", 2),
+    ("tp={n}", 1),
 )
 
 

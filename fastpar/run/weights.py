@@ -104,7 +104,8 @@ class _opened:
     """Something to take slices of: a tensor in memory, or one in a file."""
 
     def __init__(self, weight: Weight) -> None:
-        self.weight, self.file = weight, None
+        self.weight = weight
+        self.file: Any = None
 
     def __enter__(self) -> Any:
         if self.weight.file is None:
