@@ -1,15 +1,18 @@
 """Weights in parts on real processes: ``torchrun --nproc-per-node=N -m tests.scripts.parts PLAN``.
 
-The plan's own program, then with shard_weights: two resolutions, memory, and the whole weights again.
+The plan's own program, then with shard_weights: two resolutions, memory, and the whole weights again. Last a model
+that never has its weights, for they are read from a file.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
+import tempfile
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 from torch._dynamo.utils import counters
 
 import fastpar
@@ -45,6 +48,16 @@ def main() -> None:
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert differ() < 1e-12
     print("restored", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        file = f"{folder}/weights.safetensors"
+        save_file(before, file)
+        with torch.device("meta"):
+            model = Transformer(depth=1).double().eval().requires_grad_(False)
+        weights = fastpar.shard_weights(model, file, device="cpu")
+        fast = torch.compile(model, backend="fastpar", options={"plan": sys.argv[1]}, dynamic=False)
+        assert weights.bytes == 0 and differ() < 1e-12
+        assert 0.4 * weights.whole_bytes < weights.bytes < 0.8 * weights.whole_bytes
+        print("read", flush=True)
     dist.destroy_process_group()
 
 
