@@ -201,6 +201,10 @@ OPERATORS = {
         ),  # fmt: skip
         ["[2, 7@sp(2,5), 4@ring(1,3)]"],
     ),
+    "running sums over split rows": (
+        lambda x: (x.cumsum(1) * 2, (x > 0).cumsum(1) * 1.0, x.cumsum(2), x.sum(0).cumsum(0)),
+        ["[2, 3@sp(1,2)+5@sp(5,0), 4@ring(1,3)]"],
+    ),
     "whether any and all": (
         lambda x: ((x > 1).any(1) * 1.0, (x > -2).all(2, keepdim=True) * 1.0, (x > 9).any() * 1.0),
         ["[2, 7@sp(2,5), 4@ring(1,3)]"],

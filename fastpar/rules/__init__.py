@@ -11,6 +11,7 @@ from fastpar.rules import (  # noqa: F401  (imported for their registrations)
     pointwise,
     reduce,
     resample,
+    scan,
     spatial,
     views,
 )

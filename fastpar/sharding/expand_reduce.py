@@ -13,10 +13,13 @@ from typing import Any
 
 import torch
 
-from fastpar.core.layout import Layout
+from fastpar.core.layout import Dim, Layout
 from fastpar.core.mesh import Mesh
+from fastpar.ops.redistribute import redistribute
+from fastpar.ops.scan import part_ends, part_expand, scan_parts
 from fastpar.rules import Call
 from fastpar.rules.reduce import reduced_dims
+from fastpar.rules.scan import one_each, pieces
 
 Written = Callable[..., Any]
 aten = torch.ops.aten
@@ -158,6 +161,27 @@ def truth(call: Call, layouts: Sequence[Layout], mesh: Mesh) -> Written | None:
     return written
 
 
+def cumsum(call: Call, layouts: Sequence[Layout], mesh: Mesh) -> Written | None:
+    """Running sums of each rank's own rows, and what came before them: one row per rank travels."""
+    d = call.arg(1, "dim") % max(1, len(call.shape))
+    layout = layouts[0].summed()
+    sizes = pieces(layout.dims[d])
+    if layout.dims[d].is_whole or sizes is None:
+        return None
+    cut = layout.with_dim(d, one_each(layout.dims[d]))
+    whole = cut.with_dim(d, Dim.whole(len(sizes)))
+    dtype = call.node.meta["val"].dtype
+
+    def written(x: torch.Tensor, dim: int, **kwargs: Any) -> torch.Tensor:
+        y = scan_parts(x.to(dtype), d, sizes)
+        before = redistribute(part_ends(y, d, sizes), str(cut), str(whole))
+        before = aten.slice.Tensor(aten.cumsum.default(before, d), d, 0, len(sizes) - 1)
+        before = aten.cat.default([torch.zeros_like(aten.slice.Tensor(before, d, 0, 1)), before], d)
+        return y + part_expand(redistribute(before, str(whole), str(cut)), d, sizes)
+
+    return written
+
+
 TABLE: dict[str, Callable[[Call, Sequence[Layout], Mesh], Written | None]] = {
     "aten::mean": mean,
     "aten::_softmax": softmax,
@@ -166,6 +190,7 @@ TABLE: dict[str, Callable[[Call, Sequence[Layout], Mesh], Written | None]] = {
     "aten::logsumexp": logsumexp,
     **dict.fromkeys(["aten::var", "aten::std", "aten::var_mean", "aten::std_mean"], variance),
     "aten::linalg_vector_norm": vector_norm,
+    "aten::cumsum": cumsum,
     "aten::native_layer_norm": layer_norm,
     **dict.fromkeys(["aten::any", "aten::all"], truth),
 }
