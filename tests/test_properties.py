@@ -25,7 +25,8 @@ from tests.scatter import PASSES, Scatter
 
 RANKS = (2, 3, 4, 5, 8, 3, 5, 8, 1)
 SEVERAL = ("ulysses=2,ring=2", "ulysses=3,ring=2", "ulysses=2,ring=3", "ulysses=4,ring=2", "cfg=2,ulysses=2",
-           "cfg=2,ring=3", "cfg=2,gather=2", "cfg=2,ulysses=4", "ulysses=2,tp=2", "ring=2,tp=3", "cfg=2,tp=2")  # fmt: skip
+           "cfg=2,ring=3", "cfg=2,gather=2", "cfg=2,ulysses=4", "ulysses=2,tp=2",
+           "ring=2,tp=3", "cfg=2,tp=2")  # fmt: skip
 
 
 @st.composite
