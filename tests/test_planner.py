@@ -131,7 +131,8 @@ def captured() -> fastpar.Captured:
     return fastpar.capture(Block().double().eval(), inputs(2))
 
 
-PLANS = ["ulysses=2", "ulysses=4", "ring=3", "gather=4", "ulysses=2,ring=2", "cfg=2,ulysses=2", "cfg=2"]
+PLANS = ["ulysses=2", "ulysses=4", "ring=3", "gather=4", "ulysses=2,ring=2", "cfg=2,ulysses=2", "cfg=2",
+         "torus=2", "torus=2,ring=2", "torus=2,ulysses=2"]  # fmt: skip
 
 
 @pytest.mark.parametrize("plan", PLANS)

@@ -17,9 +17,9 @@ from torch.utils.flop_counter import flop_registry
 import fastpar.ops.attention  # noqa: F401  (registers the formula of attention)
 from fastpar.core.layout import Layout
 from fastpar.core.mesh import Mesh
-from fastpar.core.transfer import changed_axes, elements_sent
+from fastpar.core.transfer import changed_axes, elements_sent, transfer
 from fastpar.graph.program import Program, source_line
-from fastpar.ops.collectives import all_gather, all_reduce, all_to_all
+from fastpar.ops.collectives import all_gather, all_reduce, all_to_all, exchanged_axes
 from fastpar.rules import Call, rule_for
 from fastpar.sharding.candidates import Candidate
 
@@ -124,13 +124,12 @@ def bytes_per_rank(program: Program) -> list[int]:
 def node_bytes(node: fx.Node, mesh: Mesh) -> tuple[str, str, list[int]] | None:
     """(kind, mesh axes, bytes per rank) of one collective of a lowered program; None for other nodes."""
     if node.target is all_to_all:
-        totals, name = [0] * mesh.ranks, ""
-        for x, src, dst in zip(*node.args, strict=True):  # type: ignore[arg-type]
-            a, b = Layout.parse(src), Layout.parse(dst)
-            name = ".".join(changed_axes(a, b, mesh))
-            size = x.meta["val"].element_size()
+        totals = [0] * mesh.ranks
+        srcs, dsts = ([Layout.parse(str(t)) for t in a] for a in node.args[1:3])  # type: ignore[union-attr]
+        for x, a, b in zip(node.args[0], srcs, dsts, strict=True):  # type: ignore[arg-type]
+            size = x.meta["val"].element_size()  # type: ignore[union-attr]
             totals = [t + e * size for t, e in zip(totals, elements_sent(a, b, mesh), strict=True)]
-        return "all_to_all", name, totals
+        return "all_to_all", ".".join(exchanged_axes(srcs, dsts, mesh)), totals
     if node.target is all_gather:
         a, b = (Layout.parse(str(t)) for t in node.args[1:3])
         size = node.meta["val"].element_size()
@@ -142,6 +141,37 @@ def node_bytes(node: fx.Node, mesh: Mesh) -> tuple[str, str, list[int]] | None:
         numels = [_numel(node.meta["layout"], mesh, r) for r in range(mesh.ranks)]
         return "all_reduce", ".".join(axes), [-(-2 * (n - 1) * e // n) * value.element_size() for e in numels]
     return None
+
+
+def bytes_across(program: Program, axes: tuple[str, ...], why: str | None = None) -> list[int]:
+    """Bytes that every rank sends to ranks with another coordinate along ``axes`` (to other machines, say).
+
+    ``why`` takes exchanges of one purpose only (``attention``). Of an all-reduce, which is a reduce-scatter and an
+    all-gather, each other rank of its group gets two n-ths.
+    """
+    mesh: Mesh = program.mesh
+    totals = [0] * mesh.ranks
+
+    def across(a: int, b: int) -> bool:
+        return mesh.coordinate(a, axes) != mesh.coordinate(b, axes)
+
+    for node in program.graph.nodes:
+        if why is not None and node.meta.get("why") != why:
+            continue
+        if node.target in (all_to_all, all_gather):
+            several = node.target is all_to_all
+            for x, *texts in zip(*(node.args if several else ([a] for a in node.args)), strict=True):  # type: ignore[misc]
+                src, dst = (Layout.parse(str(t)) for t in texts)
+                for rank in range(mesh.ranks):
+                    t = transfer(src, dst, mesh, rank)
+                    sent = sum(n for peer, n in zip(t.group, t.send_splits, strict=True) if across(rank, peer))
+                    totals[rank] += sent * x.meta["val"].element_size()
+        elif node.target is all_reduce:
+            for rank in range(mesh.ranks):
+                group = mesh.group(rank, tuple(str(node.args[2]).split(".")))
+                share = 2 * _numel(node.meta["layout"], mesh, rank) * node.meta["val"].element_size()
+                totals[rank] += -(-share * sum(across(rank, peer) for peer in group) // len(group))
+    return totals
 
 
 def _numel(layout: Layout, mesh: Mesh, rank: int) -> int:

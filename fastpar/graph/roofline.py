@@ -8,6 +8,7 @@ FLOPs but reads its weights in full. Views are free, pointwise chains are counte
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import fx
@@ -25,8 +26,9 @@ BANDWIDTH = 3.35e12
 
 _READS = frozenset(
     ["aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::convolution", "aten::_scaled_mm", "aten::_int_mm",
-     "fastpar::attention", "aten::native_layer_norm", "aten::native_group_norm", "aten::_softmax", "aten::sum",
-     "aten::mean", "aten::amax", "aten::cat", "aten::embedding", "aten::index", "fastpar::resample"]  # fmt: skip
+     "fastpar::attention", "fastpar::attention_lse", "aten::native_layer_norm", "aten::native_group_norm",
+     "aten::_softmax", "aten::sum", "aten::mean", "aten::amax", "aten::cat", "aten::embedding",
+     "aten::index", "fastpar::resample"]  # fmt: skip
 )
 
 
@@ -46,21 +48,27 @@ def seconds(program: Program) -> list[float]:
         for rank in range(mesh.ranks):
 
             def shape(n: fx.Node, rank: int = rank) -> object:
-                value, layout = n.meta.get("val"), n.meta.get("layout")
-                if isinstance(layout, Layout):
-                    return layout.local_shape(mesh, rank)
-                return tuple(int(s) for s in value.shape) if isinstance(value, torch.Tensor) else value
+                return local_shape(n, mesh, rank)
 
             moved = sum(node_bytes(n, shape(n)) for n in tensor_operands(node)) + node_bytes(node, shape(node))
             totals[rank] += max(node_flops(node, shape) / PEAK_FLOPS, moved / BANDWIDTH)
     return totals
 
 
+def local_shape(node: fx.Node, mesh: Mesh, rank: int) -> Any:
+    """Shape of what ``rank`` has of a value (of the first of several); what is no tensor, as it is."""
+    value, layout = node.meta.get("val"), node.meta.get("layout")
+    if isinstance(value, (tuple, list)) and value:
+        value, layout = value[0], layout[0] if isinstance(layout, (tuple, list)) and layout else layout
+    if isinstance(layout, Layout):
+        return layout.local_shape(mesh, rank)
+    return tuple(int(s) for s in value.shape) if isinstance(value, torch.Tensor) else value
+
+
 def node_bytes(node: fx.Node, shape: object) -> int:
     value = node.meta.get("val")
-    if isinstance(value, (tuple, list)):
+    if isinstance(value, (tuple, list)) and value:
         value = value[0]
-        shape = tuple(value.shape) if isinstance(value, torch.Tensor) else ()
     if not isinstance(value, torch.Tensor) or not isinstance(shape, tuple):
         return 0
     return math.prod(shape) * value.element_size()

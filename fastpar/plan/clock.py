@@ -22,7 +22,7 @@ from fastpar.core.layout import Layout
 from fastpar.core.mesh import Mesh
 from fastpar.graph.count import node_flops
 from fastpar.graph.program import Program, source_line
-from fastpar.graph.roofline import node_bytes, reads
+from fastpar.graph.roofline import local_shape, node_bytes, reads
 from fastpar.ops.collectives import pack, unpack
 from fastpar.plan.predict import FUSED, LAUNCH, LINKS, MEMORY, PRODUCTS
 from fastpar.plan.topology import Device, Topology
@@ -146,10 +146,7 @@ def seconds(node: fx.Node, mesh: Mesh, rank: int, device: Device) -> float:
         return 0.0
 
     def shape(n: fx.Node) -> Any:
-        value, layout = n.meta.get("val"), n.meta.get("layout")
-        if isinstance(layout, Layout):
-            return layout.local_shape(mesh, rank)
-        return tuple(int(s) for s in value.shape) if isinstance(value, torch.Tensor) else value
+        return local_shape(n, mesh, rank)
 
     if node.target in (pack, unpack):
         return 2 * _elements(node) * _itemsize(node) / (device.bandwidth * MEMORY)

@@ -3,9 +3,11 @@
 One place for the closed forms: ``formula.py`` holds counted bytes against them, the planner evaluates them for
 plans that nobody has built. Symbols: Q, K elements of the query and of the key tensor of one attention
 (B S H D and B T H D); n ranks that split its tokens, of which u share out heads, w share the rows of one step of
-a ring (where heads do not fill the Ulysses axis) and r form the ring: n = u w r. S elements of a rank's result of a
-product whose weight is cut by rows over t ranks. E elements of the outputs, N all ranks. Sources: DeepSpeed-Ulysses
-section 3; USP table 1; Ring Attention section 3; DistriFusion section 4; Megatron-LM section 3.
+a ring (where heads do not fill the Ulysses axis) and r form the ring: n = u w r. A torus over M machines, of which m
+share out heads, leaves keys split over r ranks: M times the ring inside a machine. S elements of a rank's result of
+a product whose weight is cut by rows over t ranks. E elements of the outputs, N all ranks. Sources: DeepSpeed-Ulysses
+section 3; USP table 1; Ring Attention section 3; DistriFusion section 4; Megatron-LM section 3; StreamFusion, sections
+on topology-aware scheduling and Torus Attention.
 """
 
 from __future__ import annotations
@@ -17,29 +19,48 @@ from typing import Any
 
 import sympy
 
-Q, K, S, E, n, N, u, w, r, t = sympy.symbols("Q K S E n N u w r t", positive=True)
+from fastpar.core.plan import Plan
+
+Q, K, S, E, n, N, u, w, r, t, M, m = sympy.symbols("Q K S E n N u w r t M m", positive=True)
 
 ELEMENTS: dict[str, Any] = {
     "queries and outputs to heads and back": 2 * Q / n * (u - 1) / u,
     "keys and values to heads": 2 * K / (r * u) * (u * w - 1) / (u * w),
     "keys and values round the ring": 2 * K / (r * u) * (r - 1),
     "keys and values gathered": 2 * K * (n - 1) / n,
+    "queries and outputs in stages": 2 * Q / n * (m - 1) / m,
+    "keys and values in stages": 2 * K / (r * u * m) * (M - 1),
+    "keys and values round machines' rings": 2 * K / (r * u * m) * (r - M),
     "sums of products": 2 * S * (t - 1) / t,
     "outputs": E * (N - 1) / N,
 }
-"""Elements that leave a rank: per attention (the first four), per pair of products whose weights are cut, per call."""
+"""Elements that leave a rank: per attention (the first seven), per pair of products whose weights are cut, per call."""
+
+TERMS = {
+    "ulysses": tuple(ELEMENTS)[:2],
+    "ring": tuple(ELEMENTS)[2:3],
+    "gather": tuple(ELEMENTS)[3:4],
+    "torus": tuple(ELEMENTS)[4:6],
+    "torus,ring": tuple(ELEMENTS)[6:7],
+}
+"""What an attention's elements add up from, by the term of the plan that sends them."""
+
+BETWEEN_MACHINES = TERMS["torus"]
+"""Of these, what leaves a machine where a torus joins machines."""
 
 COLLECTIVES: dict[str, Any] = {
     "ulysses": sympy.Piecewise((4, u > 1), (2, w > 1), (0, True)),
     "ring": r - 1,
     "gather": sympy.Integer(2),
+    "torus": 2 * (m - 1) + M - 1 + r - M,
 }
-"""Collectives per attention; K and V of a ring's step travel together."""
+"""Collectives per attention; K and V of a step travel together. A torus has Ulysses' as well, inside machines."""
 
 MEMORY: dict[str, Any] = {
     "ulysses": (2 * Q + 2 * K) / n,
     "ring": 4 * K / (u * w * r),
     "gather": 2 * K,
+    "torus": 4 * Q / n + 2 * K / (r * u * m) * (1 + r / M),
 }
 """Elements of buffers that one attention needs besides its own rows."""
 
@@ -64,7 +85,19 @@ def head_share(degree: int, heads: int) -> int:
 
 def attention_elements(plan: str, **values: float) -> float:
     """Elements that one attention sends: ``plan`` is ``gather`` or ``usp`` (u, w and r may be 1)."""
-    if plan == "gather":
-        return number(ELEMENTS["keys and values gathered"])(**values)
-    names = list(ELEMENTS)[:3]
-    return sum(number(ELEMENTS[name])(**values) for name in names)
+    names = TERMS["gather"] if plan == "gather" else TERMS["ulysses"] + TERMS["ring"]
+    return sum(elements(name, **values) for name in names)
+
+
+def elements(name: str, **values: float) -> float:
+    """One entry of ``ELEMENTS`` for the symbols' values."""
+    return number(ELEMENTS[name])(**values)
+
+
+def terms(plan: Plan) -> tuple[str, ...]:
+    """Names of the elements that an attention sends under ``plan``."""
+    found: tuple[str, ...] = ()
+    for name in ("ulysses", "ring", "gather", "torus"):
+        if getattr(plan, name):
+            found += TERMS["torus,ring"] if name == "ring" and plan.torus else TERMS[name]
+    return found

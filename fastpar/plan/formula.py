@@ -7,6 +7,7 @@ give. Halos of convolutions and sums over ranks are not part of them.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ from fastpar.core.plan import Plan
 from fastpar.graph.program import Program
 from fastpar.ops.ring import attention_lse
 from fastpar.plan import cost
+from fastpar.plan.expand import axis_of
 from fastpar.sharding.insert import HEAVY
 
 
@@ -48,7 +50,7 @@ def volume(sharded: Program, plan: Plan, mesh: Mesh) -> Volume:
         if n == 1:
             break
         if node.meta.get("split_keys") and node.target in (torch.ops.fastpar.attention.default, attention_lse):
-            total += _attention(node, plan, mesh, deal)
+            total += _attention(node, plan, mesh, deal, cost.terms(plan))
     for node in sharded.graph.nodes if plan.tp and plan.tp > 1 else ():
         if _contracts_cut(node):
             size = node.meta["val"].numel() * node.meta["val"].element_size()
@@ -70,10 +72,18 @@ def _contracts_cut(node: fx.Node) -> bool:
     return isinstance(layout, Layout) and "tp" in layout.partial_axes and schema is not None and schema.name in HEAVY
 
 
+def between_machines(sharded: Program, plan: Plan, mesh: Mesh) -> int:
+    """Bytes of attention that leave a rank for other machines of a torus, by the closed form.
+
+    All ranks of a machine together: 4 (N-1)/N^2 B L H D elements for N machines whose heads divide (StreamFusion).
+    """
+    nodes = [n for n in sharded.graph.nodes if n.meta.get("split_keys") and n.target is attention_lse]
+    return math.ceil(sum(_attention(n, plan, mesh, 1, cost.BETWEEN_MACHINES) for n in nodes))
+
+
 def _form(plan: Plan) -> str:
     """The plan's closed form as text, in the symbols of ``cost``."""
-    names = list(cost.ELEMENTS)
-    terms = [names[3]] if plan.gather else [*names[:2] * bool(plan.ulysses), *names[2:3] * bool(plan.ring)]
+    terms = cost.terms(plan)
     out = [f"sum over attentions of {cost.text(*terms)}"] if terms else []
     if plan.tp and plan.tp > 1:
         out.append(f"sum over pairs of products of {cost.text('sums of products')}")
@@ -97,18 +107,18 @@ def _from_output(node: fx.Node) -> bool:
     return False
 
 
-def _attention(node: fx.Node, plan: Plan, mesh: Mesh, deal: int) -> float:
+def _attention(node: fx.Node, plan: Plan, mesh: Mesh, deal: int, names: Sequence[str]) -> float:
     q, k = (a.meta["val"] for a in node.args[:2])  # type: ignore[union-attr]
     size = q.element_size()
     cut = plan.tp or 1  # heads that other ranks have the weights of
     n = mesh.ranks // (plan.cfg or 1) // cut
     c = (plan.cfg or 1) // deal * cut  # each half of the batch is attended by its own ranks
     qs, ks = q.numel() / c, k.numel() / c
-    if plan.gather:
-        return cost.attention_elements("gather", Q=qs, K=ks, n=n) * size
     # a rank works on 1/u of the heads; w ranks share those heads and the rows of one step of the ring
     layout: Layout = node.args[0].meta["layout"]  # type: ignore[union-attr]
     spent = layout.dims[-3].axes - {"tp"} if len(layout.dims) > 2 else frozenset()
-    u = mesh.size(mesh.ordered(spent)) if spent else 1
-    r = plan.ring or 1
-    return cost.attention_elements("usp", Q=qs, K=ks, n=n, u=u, w=n // (u * r), r=r) * size
+    m = mesh.size(mesh.ordered({a for a in spent if axis_of(a) == "torus"}))  # machines that share out heads
+    u = mesh.size(mesh.ordered(spent)) // m
+    M = plan.torus or 1
+    r = (plan.ring or 1) * M
+    return sum(cost.elements(name, Q=qs, K=ks, n=n, u=u, w=n // (u * r), r=r, M=M, m=m) for name in names) * size

@@ -1,8 +1,8 @@
 """The time and memory of one call under a plan, from a workload and a topology.
 
 Per operator the larger of FLOPs over peak and bytes over bandwidth, communication over the busiest link
-(``topology.seconds``), a ring's steps hidden under the attention that they feed. Constants that are no data
-sheet's are few, and stand here.
+(``topology.seconds``), a ring's steps and a torus's stages hidden under the attention that they feed. Constants
+that are no data sheet's are few, and stand here.
 """
 
 from __future__ import annotations
@@ -158,22 +158,30 @@ def _talk(
         seconds = 2 * place.all_to_all(["gather"], k / n)
         buffers = cost.number(cost.MEMORY["gather"])(**values)
         return seconds, seconds, cost.attention_elements("gather", **values), 2, buffers
-    r, degree = plan.ring or 1, plan.ulysses or 1
+    degree, machines = plan.ulysses or 1, plan.torus or 1
+    r = (plan.ring or 1) * machines
     u = cost.head_share(degree, a.key_heads)
     w = degree // u
-    values = dict(Q=q, K=k, n=n, u=u, w=w, r=r)
+    m = cost.head_share(machines, a.key_heads // u)
+    values = dict(Q=q, K=k, n=n, u=u, w=w, r=r, M=machines, m=m)
     seconds = exposed = 0.0
     if degree > 1:
         seconds = 2 * place.all_to_all(["ulysses"], k / (n * u))
         if u > 1:
             seconds += 2 * place.all_to_all(["ulysses"], q / (n * degree))
         exposed = seconds
-    if r > 1:
-        step = place.shift(["ring"], 2 * k / (r * u))
-        block = a.flops / batch / n / r / peak
-        seconds += (r - 1) * step
-        exposed += (r - 1) * max(0.0, step - block)
-    count = int(cost.number(cost.COLLECTIVES["ulysses"])(**values) + (r - 1))
-    names = ("ulysses", "ring") if r > 1 else ("ulysses",)
-    buffers = sum(cost.number(cost.MEMORY[name])(**values) for name in names)
-    return seconds, exposed, cost.attention_elements("usp", **values), count, buffers
+    blocks = a.flops / batch / n / peak  # a rank's attention; a step or a stage hides under a part of it
+    if machines > 1:
+        pulled, keys = place.shift(["torus"], q / (n * m)), place.shift(["torus"], 2 * k / (r * u * m))
+        block = blocks / (machines * m)
+        seconds += 2 * (m - 1) * pulled + (machines - 1) * keys
+        exposed += 2 * (m - 1) * max(0.0, pulled - block)  # queries, and outputs on their way back
+        exposed += max(0.0, keys - block) + (machines - 2) * max(0.0, keys - m * block)
+    if r > machines:
+        step = place.shift(["ring"], 2 * k / (r * u * m))
+        seconds += (r - machines) * step
+        exposed += (r - machines) * max(0.0, step - blocks / (r * m))
+    spaces = ["ulysses", *(["torus"] if machines > 1 else ["ring"] * (r > 1))]
+    count = int(sum(cost.number(cost.COLLECTIVES[name])(**values) for name in spaces))
+    buffers = sum(cost.number(cost.MEMORY[name])(**values) for name in spaces)
+    return seconds, exposed, sum(cost.elements(name, **values) for name in cost.terms(plan)), count, buffers
