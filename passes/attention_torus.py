@@ -22,7 +22,7 @@ from typing import ClassVar
 
 from torch import fx
 
-from fastpar.core.layout import Atom, Dim, Layout, Seg, even_parts
+from fastpar.core.layout import Dim, Layout
 from fastpar.core.mesh import Mesh
 from fastpar.graph.pipeline import Pass, PassContext
 from fastpar.graph.program import Program
@@ -79,8 +79,10 @@ class _Torus(Blockwise):
         self.mesh, self.axes = mesh, axes
         self.stages = mesh.size(axes)
         keys: Dim = self.k.meta["layout"].dims[-2]
+        rows: Dim = self.layout.dims[-2]
         self.keys = keys if turns(keys) else Dim.even(keys.size, mesh.ordered(keys.axes), mesh)
-        self.rows = _split(self.layout.dims[-2], axes, mesh)
+        over = mesh.ordered({*axes, *rows.axes})
+        self.rows = rows if turns(rows) and rows.axes == {*over} else Dim.even(rows.size, over, mesh)
         layouts = [_with_rows(self.q.meta["layout"], self.rows)]
         layouts += [_with_rows(x.meta["layout"], self.keys) for x in (self.k, self.v)]
         self.q, self.k, self.v = (
@@ -151,15 +153,3 @@ class _Torus(Blockwise):
 
 def _with_rows(layout: Layout, rows: Dim) -> Layout:
     return layout.with_dim(len(layout.dims) - 2, rows)
-
-
-def _split(rows: Dim, axes: tuple[str, ...], mesh: Mesh) -> Dim:
-    """``rows`` with every row on one rank of ``axes``: rows that all ranks have (a text that was too short to be
-    split) are shared out, others stay where they are if they can."""
-    over = mesh.ordered({*axes, *rows.axes})
-    atoms = [atom for atom in rows.atoms if not atom.whole]
-    if len(atoms) != 1 or any(s.axes and (set(s.axes) != set(over) or s.offsets) for s in atoms[0].segs):
-        return Dim.even(rows.size, over, mesh)
-    segs = (s if s.axes else Seg(s.size, over, even_parts(s.size, mesh.size(over))) for s in atoms[0].segs)
-    split = Atom(tuple(segs))
-    return Dim.of(split if atom is atoms[0] else atom for atom in rows.atoms)

@@ -108,7 +108,8 @@ MUTANTS = (
     ),
     Mutant(
         "a split sum is not marked partial", "fastpar/rules/factor.py",
-        "partial.append(Partial(op, mesh.ordered(dim.axes)))", "pass", plan("linear attention"),
+        "partial = [Partial(op, mesh.ordered(axes)) for op, axes in over.items()]", "partial = []",
+        plan("linear attention"),
     ),
     Mutant(
         "a contracted factor leaves no partial value", "fastpar/rules/matmul.py",
@@ -121,9 +122,10 @@ MUTANTS = (
         operator("products over a split dimension"),
     ),
     Mutant(
-        "a mean divided by the rank's own count", "fastpar/sharding/expand.py",
-        "count = math.prod(call.shapes[0][d] for d in dims)",
-        "count = math.prod(layouts[0].local_shape(mesh, 0)[d] for d in dims)", plan("means over uneven rows"),
+        "a mean divided by the rank's own count", "fastpar/sharding/expand_reduce.py",
+        "dims, keepdim, dtype=dtype), 1.0 / count)",
+        "dims, keepdim, dtype=dtype), 1.0 / math.prod(layouts[0].local_shape(mesh, 0)[d] for d in dims))",
+        plan("means over uneven rows"),
     ),
     Mutant(
         "the all-reduce is left out", "passes/lower.py",
@@ -150,7 +152,7 @@ MUTANTS = (
     ),
     Mutant(
         "query heads cut without regard to their groups", "passes/attention_ulysses.py",
-        "even_parts(dim.size, mesh.size(spent), dim.size // groups)", "even_parts(dim.size, mesh.size(spent))",
+        "return Dim.even(dim.size, spent, mesh, unit)", "return Dim.even(dim.size, spent, mesh)",
         plan("grouped heads that do not divide"),
     ),
     Mutant(
@@ -191,7 +193,7 @@ MUTANTS = (
     # -- the ring
     Mutant(
         "the mask's columns stay those of the first step", "passes/attention_ring.py",
-        "rotated(self.keys, step, self.mesh)", "rotated(self.keys, 0, self.mesh)",
+        "self.come[step], self._keys(step)", "self.come[step], self._keys(0)",
         plan("a mask of rows and keys on a ring"),
     ),
     Mutant(
@@ -205,7 +207,8 @@ MUTANTS = (
     ),
     Mutant(
         "one block attended twice", "passes/attention_ring.py",
-        "blocks = following", "blocks = following if step else blocks", plan("an empty block of keys on a ring"),
+        "self.attend(self.q, self.come[step],", "self.attend(self.q, self.come[step and step - 1],",
+        plan("an empty block of keys on a ring"),
     ),
     Mutant(
         "an empty block counts as a key", "fastpar/ops/ring.py",
@@ -216,6 +219,56 @@ MUTANTS = (
         "a row that sees no key weighs in the merge", "fastpar/ops/ring.py",
         "lse = lse.masked_fill(blind, -math.inf)", "lse = lse.masked_fill(blind, 0.0)",
         plan("rows that see no key on a ring"),
+    ),
+    Mutant(
+        "neither total nor block has a key, and -inf minus -inf is weighed", "fastpar/ops/ring.py",
+        "base = total.masked_fill(total == -math.inf, 0.0)", "base = total", plan("rows that see no key on a ring"),
+    ),
+    # -- the torus
+    Mutant(
+        "outputs are pushed a stage before they are complete", "passes/attention_torus.py",
+        "block, last = following, stage + 1 == self.stages", "block, last = following, stage == 1",
+        plan("heads in stages between machines"),
+    ),
+    Mutant(
+        "the stages of keys in another order than their mask", "passes/attention_torus.py",
+        "columns = Dim.whole(self.keys.size) if self.over else rotated(self.keys, stage,",
+        "columns = Dim.whole(self.keys.size) if self.over else rotated(self.keys, -stage,",
+        plan("heads in stages between machines"),
+    ),
+    Mutant(
+        "the same keys are pulled again", "passes/attention_torus.py",
+        "following = self._pull(stage + 1)", "following = self._pull(stage)", plan("heads in stages between machines"),
+    ),
+    Mutant(
+        "queries of the first stage in every stage", "passes/attention_torus.py",
+        "queries.append(self._queries(i + 1))", "queries.append(self._queries(0))",
+        plan("heads in stages between machines"),
+    ),
+    Mutant(
+        "outputs are pushed to the wrong machine", "passes/attention_torus.py",
+        "rotated(self.heads[-1], -stage,", "rotated(self.heads[-1], stage,", plan("heads in stages between machines"),
+    ),
+    Mutant(
+        "heads are put together in the order in which they came", "fastpar/ops/join.py",
+        "order = sorted((i for i, rows in enumerate(held) if len(rows)), key=lambda i: int(held[i][0]))",
+        "order = [i for i, rows in enumerate(held) if len(rows)]", plan("heads in stages between machines"),
+    ),
+    Mutant(
+        "a text that is too short to be split stands in every stage", "passes/attention_ring.py",
+        "        if not over:\n", "        if not over or seg.size == 1:\n",
+        plan("joint attention in stages, one text token"),
+    ),
+    Mutant(
+        "the keys of one machine's ring for all machines", "passes/attention_ring.py",
+        "rounds.setdefault((self.k, self.v), {0: (self.k, self.v)})",
+        "rounds.setdefault(self.axes, {0: (self.k, self.v)})  # type: ignore[call-overload]",
+        plan("a ring inside the machines of a torus"),
+    ),
+    Mutant(
+        "a ring inside turns between machines", "passes/attention_ring.py",
+        "return rotated(self.keys, step, self.mesh, self.axes)", "return rotated(self.keys, step, self.mesh)",
+        plan("a ring inside the machines of a torus"),
     ),
     # -- windows
     Mutant(

@@ -51,6 +51,15 @@ PLANS = {
         Recipe(tokens=7, heads=2, steps=(("self_attention", {"mask": "blind", "bits": 12}),)),
         "ring=3",
     ),
+    "heads in stages between machines": (
+        Recipe(batch=2, tokens=8, heads=3, text=4, steps=joint(mask="add", bits=13)),
+        "torus=3",
+    ),
+    "joint attention in stages, one text token": (Recipe(batch=2, tokens=8, heads=2, steps=joint()), "torus=2"),
+    "a ring inside the machines of a torus": (
+        Recipe(tokens=7, heads=2, text=4, steps=joint(mask="blind", bits=12)),
+        "torus=2,ring=2",
+    ),
     "causal with a scale of its own": (
         Recipe(tokens=7, heads=2, steps=(("odd_heads", {"causal": True, "scale": 0.3, "kv": "same"}),)),
         "ulysses=2",

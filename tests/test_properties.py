@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from fastpar.core.mesh import Mesh
+from fastpar.passes.attention_torus import AttentionTorus
 from fastpar.passes.attention_ulysses import AttentionUlysses
 from fastpar.passes.shard import Shard
 from tests.programs import Recipe, build, recipes
@@ -26,15 +27,17 @@ from tests.scatter import PASSES, Scatter
 RANKS = (2, 3, 4, 5, 8, 3, 5, 8, 1)
 SEVERAL = ("ulysses=2,ring=2", "ulysses=3,ring=2", "ulysses=2,ring=3", "ulysses=4,ring=2", "cfg=2,ulysses=2",
            "cfg=2,ring=3", "cfg=2,gather=2", "cfg=2,ulysses=4", "ulysses=2,tp=2",
-           "ring=2,tp=3", "cfg=2,tp=2")  # fmt: skip
+           "ring=2,tp=3", "cfg=2,tp=2", "torus=2,ring=2", "torus=2,ulysses=2", "torus=3,ring=2", "torus=2,ring=3",
+           "torus=3,ulysses=2", "cfg=2,torus=3", "torus=2,tp=2")  # fmt: skip
 
 
 @st.composite
 def plans(draw: st.DrawFn) -> str:
-    """One term of N ranks; or heads inside a ring (USP), or either beside the two halves of the batch."""
+    """One term of N ranks; or heads inside a ring (USP), or either beside the two halves of the batch or inside the
+    machines of a torus."""
     if draw(st.integers(0, 3)) == 3:
         return draw(st.sampled_from(SEVERAL))
-    return f"{draw(st.sampled_from(('ulysses', 'gather', 'ring', 'tp')))}={draw(st.sampled_from(RANKS))}"
+    return f"{draw(st.sampled_from(('ulysses', 'gather', 'ring', 'torus', 'tp')))}={draw(st.sampled_from(RANKS))}"
 
 
 MESHES = (
@@ -51,10 +54,11 @@ def ways(draw: st.DrawFn) -> Way:
     mesh = draw(st.sampled_from(MESHES))
     axes = draw(st.permutations(mesh.names))
     used = axes[: draw(st.integers(1, len(axes)))]
-    schedules = ["attention-ulysses", "attention-gather", "attention-ring"]
+    schedules = ["attention-ulysses", "attention-gather", "attention-ring", "attention-torus"]
     for count in range(1, len(used)):  # heads take some axes, and what follows takes the rest
         heads = AttentionUlysses(mesh.ordered(set(used[:count]))).spec()
-        schedules += [f"{heads},attention-gather", f"{heads},attention-ring"]
+        schedules += [f"{heads},{then}" for then in ("attention-gather", "attention-ring", "attention-torus")]
+        schedules.append(f"{AttentionTorus(mesh.ordered(set(used[:count]))).spec()},attention-ring")
     steps = [Shard(tuple(used)).spec(), draw(st.sampled_from(schedules))]
     if draw(st.booleans()):
         steps.append("cancel")
@@ -66,7 +70,7 @@ def scattered(draw: st.DrawFn) -> Way:
     """Values in random layouts, which no plan makes but every rule must take."""
     mesh = draw(st.sampled_from((Mesh((("sp", 3),)), Mesh((("sp", 2),)), Mesh((("sp", 5),)), *MESHES)))
     steps = [Scatter(draw(st.sampled_from((5, 10, 20, 40))), draw(st.integers(0, 10**6))).spec()]
-    steps.append(draw(st.sampled_from(["attention-ulysses", "attention-gather", "attention-ring"])))
+    steps.append(draw(st.sampled_from(["attention-ulysses", "attention-gather", "attention-ring", "attention-torus"])))
     if draw(st.booleans()):
         steps.append("cancel")
     return Way(mesh, ",".join([*steps, "lower"]))

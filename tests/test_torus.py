@@ -17,12 +17,14 @@ from fastpar.graph.check import check
 from fastpar.graph.count import bytes_across
 from fastpar.graph.pipeline import PassContext, Pipeline
 from fastpar.ops.join import join, join_order
+from fastpar.ops.ring import attention_lse
 from fastpar.plan.formula import between_machines
 from fastpar.registry import PASSES
 from fastpar.run.build import build
 from tests.programs import build as program
 from tests.prove import Way, prove
 from tests.test_cases import PLANS as CASES
+from tests.test_replicas import torchrun
 from tests.test_ring import Grouped, Joint, Masked, masks
 
 torch.set_num_threads(1)
@@ -163,9 +165,24 @@ def test_every_exchange_starts_before_what_it_hides_under() -> None:
 
 def test_a_ring_inside_sends_keys_round_once_for_all_queries() -> None:
     built = build(attention(6, 12).programs[0].program, "torus=3,ring=2")
-    blocks = [n for n in built.lowered.graph.nodes if "attention_lse" in str(n.target)]
+    blocks = [n for n in built.lowered.graph.nodes if n.target is attention_lse]
     assert len(blocks) == 9 * 2
     assert sum(bool(n.meta["split_keys"]) for n in blocks) == 1
+
+
+@pytest.mark.parametrize("plan", ["torus=2", "torus=3", "torus=2,ring=2", "torus=2,ulysses=2"])
+def test_every_score_is_computed_once(plan: str) -> None:
+    """Also those of a text that every rank has, as it is too short to be split."""
+    joint = (torch.randn(1, 1, 12).double(), torch.randn(1, 11, 12).double())
+    captured = fastpar.capture(Joint(4).double().eval(), joint)
+    built = build(captured.programs[0].program, plan)
+    blocks = [n for n in built.lowered.graph.nodes if n.target is attention_lse]
+    scores = 0
+    for node in blocks:
+        q, k = (n.meta["layout"] for n in node.args[:2])
+        shapes = [(q.local_shape(built.mesh, r), k.local_shape(built.mesh, r)) for r in range(built.mesh.ranks)]
+        scores += sum(rows[1] * rows[2] * keys[2] for rows, keys in shapes)
+    assert scores == 4 * 12 * 12
 
 
 # -- what is refused ------------------------------------------------------------------------------
@@ -191,3 +208,22 @@ def test_pieces_that_do_not_make_up_the_whole_are_refused() -> None:
             join_order(wrong, whole, 0, mesh, 0)
     x = torch.randn(4, 6)
     assert torch.equal(join([x, x], [str(p) for p in pieces], str(whole), 0), x)
+
+
+# -- real processes -------------------------------------------------------------------------------
+
+
+@pytest.mark.distributed
+def test_late_processes_get_the_same_bits() -> None:
+    printed = torchrun("torus=2,ring=2", "torus=2,ulysses=2", script="tests.scripts.delays", ranks=4)
+    assert printed.count("bits equal") == 4 * 2
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("ranks", "plans"), [(2, ["torus=2"]), (3, ["torus=3", "ring=3"]), (4, ["torus=4", "ring=4", "ulysses=2,ring=2"])]
+)
+def test_late_processes_on_more_machines_and_rings(ranks: int, plans: list[str]) -> None:
+    printed = torchrun(*plans, script="tests.scripts.delays", ranks=ranks)
+    assert printed.count("bits equal") == ranks * len(plans)
