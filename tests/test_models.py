@@ -37,7 +37,7 @@ MODELS = {
     "HunyuanDiT": "HunyuanDiT2DModel",
     "Latte": "LatteTransformer3DModel",
 }
-PLANS = ("ulysses", "gather", "tp")
+PLANS = ("ulysses", "torus", "gather", "tp")
 RANKS = (1, 2, 3, 4, 5, 8)  # most models of the zoo have 3 heads
 TEXTS = (1, 77, 333)
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -97,7 +97,7 @@ def sample() -> dict[Capture, list[tuple[str, int]]]:
     chosen = greedy(captures(), most=16, seed=SEED, first=chosen)
     rows = [Row(*c, plan, n) for c in chosen for plan in PLANS for n in RANKS]
     under: dict[Capture, list[tuple[str, int]]] = {c: [] for c in chosen}
-    for row in greedy(rows, most=45, seed=SEED):
+    for row in greedy(rows, most=58, seed=SEED):
         under[Capture(*row[:4])].append((row.plan, row.ranks))
     return under
 
@@ -151,7 +151,7 @@ def test_what_the_sample_covers() -> None:
     every = [Row(*c, plan, n) for c in captures() if c.text for plan in PLANS for n in RANKS]
     wanted = {p for p in set().union(*map(pairs, every)) if p[0] != 0 or p[2] == Row._fields.index("plan")}
     assert wanted - seen == set()
-    assert all(sample().values()) and len(sample()) <= 16 and len(rows) <= 45
+    assert all(sample().values()) and len(sample()) <= 16 and len(rows) <= 58
 
 
 # -- the collectives that a model should have ---------------------------------------------------

@@ -9,6 +9,7 @@ TEMPLATES: tuple[tuple[str, int], ...] = (
     ("ulysses={n}", 1),
     ("ring={n}", 1),
     ("ulysses={n},ring=2", 2),
+    ("torus={n},ring=2", 2),
     ("cfg=2,ulysses={n}", 2),
     ("tp={n}", 1),
 )

@@ -53,7 +53,7 @@ def choose(work: Workload, ranks: int, topology: Topology, lowering: str = "indu
     topology.check(ranks)
     invalid = []
     found: list[Prediction] = []
-    for plan, why in _plans(work, ranks):
+    for plan, why in _plans(work, ranks, topology):
         if why:
             invalid.append(Verdict(str(plan), None, why))
         else:
@@ -73,8 +73,11 @@ def choose(work: Workload, ranks: int, topology: Topology, lowering: str = "indu
     return Choice(won.plan, topology, (*verdicts, *invalid))
 
 
-def _plans(work: Workload, ranks: int) -> list[tuple[Plan, str]]:
-    """Exact plans of ``ranks`` ranks; with a reason where one makes no sense for this model."""
+def _plans(work: Workload, ranks: int, topology: Topology) -> list[tuple[Plan, str]]:
+    """Exact plans of ``ranks`` ranks; with a reason where one makes no sense for this model.
+
+    A torus is weighed where ranks span several members of a link, between which it then is.
+    """
     out: list[tuple[Plan, str]] = []
     for cfg in (1, 2):
         if ranks % cfg:
@@ -94,6 +97,11 @@ def _plans(work: Workload, ranks: int) -> list[tuple[Plan, str]]:
             terms = [*([f"ulysses={u}"] if u > 1 else []), *([f"ring={r}"] if r > 1 else []), *guided]
             plan = Plan.parse(",".join(terms or ["ulysses=1"]))
             out.append((plan, why or ("" if talking or r == 1 else "no attention whose keys are split")))
+        inner = (math.prod(x.size for x in topology.levels[:i]) for i in range(1, len(topology.levels)))
+        for machines in sorted({n // size for size in inner if size < n and n % size == 0} if talking else ()):
+            for term in ("ring", "ulysses") if machines < n else ("",):
+                inside = [f"{term}={n // machines}"] if term else []
+                out.append((Plan.parse(",".join([f"torus={machines}", *inside, *guided])), why))
         if n > 1:
             out.append((Plan.parse(",".join([f"gather={n}", *guided])), why))
     return out
