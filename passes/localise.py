@@ -16,11 +16,23 @@ from torch import fx
 
 from fastpar.core.layout import Layout
 from fastpar.core.mesh import Mesh
-from fastpar.core.transfer import transfer
+from fastpar.core.transfer import Box, transfer
 from fastpar.graph.pipeline import Pass, PassContext
 from fastpar.graph.program import Program, module_of
 from fastpar.ops.alone import alone, place, placement
-from fastpar.ops.collectives import Exchange, all_gather, all_reduce, all_to_all, local, pack, unpack
+from fastpar.ops.collectives import (
+    COLLECTIVES,
+    Exchange,
+    all_gather,
+    all_reduce,
+    all_to_all,
+    axes_of,
+    encode,
+    layouts_of,
+    local,
+    pack,
+    unpack,
+)
 from fastpar.ops.join import join, join_order
 from fastpar.rules.localise import Localiser
 
@@ -60,7 +72,7 @@ class _Writer:
             handler = _HANDLERS.get(node.target) if node.op == "call_function" else None
             if handler is not None:
                 self.env[node] = handler(self, node)
-            elif node.op == "call_function" and node.target is getitem and node.args[0].target is all_to_all:
+            elif node.op == "call_function" and node.target is getitem and node.args[0].target in COLLECTIVES:
                 self.env[node] = _Part(self.env[node.args[0]], node.args[1])
             elif node.op == "call_function":
                 target, args, kwargs = self.localiser.call(node, self.rank)
@@ -127,29 +139,26 @@ class _Writer:
         return self._emit(node, torch.ops.aten.cat.default, (pieces, dim))
 
     def all_to_all(self, node: fx.Node) -> _Started:
-        srcs, dsts = ([Layout.parse(str(t)) for t in a] for a in node.args[1:3])  # type: ignore[union-attr]
-        exchange = Exchange(srcs, dsts, self.mesh, self.rank)
-        xs = self._map(node.args[0])
-        buffer = self._emit(node, pack, (xs, exchange.send_boxes))
-        name = self._group(exchange.axes)
-        args = (buffer, exchange.receive_splits, exchange.send_splits, name)
-        return _Started(self, node, self._emit(node, _C10D.all_to_all_single.default, args), exchange, len(xs))
+        exchange = Exchange(*layouts_of(node), self.mesh, self.rank)
+        buffer = self._emit(node, pack, (self._map(node.args[0]), exchange.send_boxes))
+        args = (buffer, exchange.receive_splits, exchange.send_splits, self._group(exchange.axes))
+        started = self._emit(node, _C10D.all_to_all_single.default, args)
+        return _Started(self, node, started, exchange.shapes, exchange.receive_boxes)
 
-    def all_gather(self, node: fx.Node) -> _Part:
-        src, dst = (Layout.parse(str(a)) for a in node.args[1:3])
-        exchange = Exchange([src], [dst], self.mesh, self.rank)
-        buffer = self._emit(node, pack, ([self._value(node.args[0])], exchange.send_boxes_to(0)))  # type: ignore[arg-type]
-        name = self._group(exchange.axes)
-        args = (buffer, len(exchange.group), name)
+    def all_gather(self, node: fx.Node) -> _Started:
+        exchange = Exchange(*layouts_of(node), self.mesh, self.rank)
+        buffer = self._emit(node, pack, (self._map(node.args[0]), exchange.send_boxes_to(0)))
+        args = (buffer, len(exchange.group), self._group(exchange.axes))
         started = self._emit(node, _C10D.all_gather_into_tensor.default, args)
-        return _Part(_Started(self, node, started, exchange, 1), 0)
+        return _Started(self, node, started, exchange.shapes, exchange.receive_boxes)
 
-    def all_reduce(self, node: fx.Node) -> fx.Node:
-        x = self._value(node.args[0])  # type: ignore[arg-type]
-        x = self._emit(node, torch.ops.aten.clone.default, (x,), {"memory_format": torch.contiguous_format})
-        name = self._group(tuple(str(node.args[2]).split(".")))
-        started = self._emit(node, _C10D.all_reduce.default, (x, node.args[1], name))
-        return self._emit(node, _C10D.wait_tensor.default, (started,))
+    def all_reduce(self, node: fx.Node) -> _Started:
+        shapes = [layout.local_shape(self.mesh, self.rank) for layout in layouts_of(node)[1]]
+        boxes = encode([(i, Box((0,) * len(s), (0,) * len(s), s)) for i, s in enumerate(shapes)], "src")
+        buffer = self._emit(node, pack, (self._map(node.args[0]), boxes))
+        args = (buffer, node.args[1], self._group(axes_of(node, self.mesh)))
+        started = self._emit(node, _C10D.all_reduce.default, args)
+        return _Started(self, node, started, [n for s in shapes for n in (len(s), *s)], boxes)
 
 
 @dataclass
@@ -162,16 +171,17 @@ class _Started:
     writer: _Writer
     node: fx.Node
     started: fx.Node
-    exchange: Exchange
-    count: int
+    shapes: list[int]
+    boxes: list[int]
     parts: list[fx.Node] | None = None
 
     def finish(self) -> list[fx.Node]:
         if self.parts is None:
             emit = self.writer._emit
             buffer = emit(self.node, _C10D.wait_tensor.default, (self.started,))
-            done = emit(self.node, unpack, (buffer, self.exchange.shapes, self.exchange.receive_boxes))
-            self.parts = [emit(self.node, getitem, (done, i)) for i in range(self.count)]
+            done = emit(self.node, unpack, (buffer, self.shapes, self.boxes))
+            count = len(self.node.args[0])  # type: ignore[arg-type]
+            self.parts = [emit(self.node, getitem, (done, i)) for i in range(count)]
             for i, part in enumerate(self.parts):  # of an exchange of several values, each has its own
                 for key in ("val", "layout"):
                     if isinstance(part.meta.get(key), (list, tuple)):

@@ -52,17 +52,19 @@ class Lower(Pass):
             new.meta = {**node.meta, "layout": layout}
             return new
 
+        def collective(target: object, args: tuple[object, ...], layout: Layout) -> fx.Node:
+            several = emit(target, args, (layout,))
+            several.meta["val"] = [node.meta["val"]]
+            return emit(getitem, (several, 0), layout)
+
         for entry in src.partial:
             if entry not in dst.partial:
                 src = Layout(src.dims, tuple(p for p in src.partial if p != entry))
-                x = emit(all_reduce, (x, entry.op, ".".join(entry.axes)), src)
+                x = collective(all_reduce, ([x], entry.op, ".".join(entry.axes)), src)
         if src == dst:
             return x
         text = (str(src), str(dst))
         if is_local(src, dst, mesh):
             return emit(local, (x, *text), dst)
-        if gathers_evenly(src, dst, mesh):
-            return emit(all_gather, (x, *text), dst)
-        exchange = emit(all_to_all, ([x], [text[0]], [text[1]]), (dst,))
-        exchange.meta["val"] = [node.meta["val"]]
-        return emit(getitem, (exchange, 0), dst)
+        target = all_gather if gathers_evenly(src, dst, mesh) else all_to_all
+        return collective(target, ([x], [text[0]], [text[1]]), dst)

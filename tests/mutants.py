@@ -129,7 +129,7 @@ MUTANTS = (
     ),
     Mutant(
         "the all-reduce is left out", "passes/lower.py",
-        "x = emit(all_reduce,", "emit(all_reduce,", plan("linear attention"),
+        "x = collective(all_reduce,", "collective(all_reduce,", plan("linear attention"),
     ),
     # -- attention
     Mutant(

@@ -19,7 +19,7 @@ from fastpar.core.layout import Dim, Layout
 from fastpar.core.mesh import Mesh
 from fastpar.graph.program import Program
 from fastpar.ops.alone import alone, alone_across
-from fastpar.ops.collectives import all_gather, all_reduce, all_to_all, exchange_across, local
+from fastpar.ops.collectives import all_gather, all_reduce, all_to_all, axes_of, exchange_across, layouts_of, local
 from fastpar.ops.join import join, join_across
 from fastpar.ops.redistribute import across, redistribute, take
 from fastpar.ops.ring import attention_lse, merge, redistribute_all
@@ -129,18 +129,20 @@ def _redistribute_all(node: fx.Node, env: dict[fx.Node, list[Any]], mesh: Mesh) 
 
 
 def _exchange(node: fx.Node, env: dict[fx.Node, list[Any]], mesh: Mesh) -> list[Any]:
-    if node.target is all_to_all:
-        srcs, dsts = ([Layout.parse(str(t)) for t in a] for a in node.args[1:3])  # type: ignore[union-attr]
-        results = exchange_across([env[x] for x in node.args[0]], srcs, dsts, mesh)  # type: ignore[union-attr]
-        return [[value[r] for value in results] for r in range(mesh.ranks)]
+    srcs, dsts = layouts_of(node)
+    results = exchange_across([env[x] for x in node.args[0]], srcs, dsts, mesh)  # type: ignore[union-attr]
+    return [[value[r] for value in results] for r in range(mesh.ranks)]
+
+
+def _local(node: fx.Node, env: dict[fx.Node, list[Any]], mesh: Mesh) -> list[Any]:
     src, dst = (Layout.parse(str(a)).summed() for a in node.args[1:3])
     return list(exchange_across([env[node.args[0]]], [src], [dst], mesh)[0])  # type: ignore[index]
 
 
 def _all_reduce(node: fx.Node, env: dict[fx.Node, list[Any]], mesh: Mesh) -> list[Any]:
-    axes = tuple(str(node.args[2]).split("."))
-    values = env[node.args[0]]  # type: ignore[index]
-    return [reduce_terms([values[m] for m in mesh.group(r, axes)], str(node.args[1])) for r in range(mesh.ranks)]
+    axes, op = axes_of(node, mesh), str(node.args[1])
+    several = [env[x] for x in node.args[0]]  # type: ignore[union-attr]
+    return [[reduce_terms([v[m] for m in mesh.group(r, axes)], op) for v in several] for r in range(mesh.ranks)]
 
 
 def reduce_terms(terms: Sequence[torch.Tensor], op: str) -> torch.Tensor:
@@ -160,7 +162,7 @@ def _alone(node: fx.Node, env: dict[fx.Node, list[Any]], mesh: Mesh) -> list[Any
 _MEANING: dict[Any, Callable[..., list[Any]]] = {
     redistribute: _redistribute,
     redistribute_all: _redistribute_all,
-    local: _exchange,
+    local: _local,
     alone: _alone,
     join: _join,
     all_to_all: _exchange,

@@ -18,7 +18,7 @@ from fastpar.core.layout import Layout
 from fastpar.core.mesh import Mesh
 from fastpar.graph.program import Program, source_line, target_name
 from fastpar.ops.alone import alone
-from fastpar.ops.collectives import all_gather, all_reduce, all_to_all, local
+from fastpar.ops.collectives import COLLECTIVES, all_reduce, local
 from fastpar.ops.join import join, join_order
 from fastpar.ops.redistribute import redistribute
 from fastpar.ops.ring import redistribute_all
@@ -27,7 +27,7 @@ from fastpar.sharding.blockwise import split_over
 from fastpar.sharding.candidates import is_attention
 
 _ABSTRACT = {redistribute, redistribute_all}
-_CONCRETE = {local, all_gather, all_reduce, all_to_all}
+_CONCRETE = {local, *COLLECTIVES}
 
 
 def check(program: Program) -> None:
@@ -95,11 +95,12 @@ def _node(node: fx.Node, stage: str, mesh: Mesh) -> None:
         if stage == "sharded":
             _fail(node, "is concrete, in a program that is sharded")
         if node.target is all_reduce:
-            before: Layout = node.args[0].meta["layout"]  # type: ignore[union-attr]
             axes = tuple(str(node.args[2]).split("."))
-            if not any(p.op == node.args[1] and p.axes == axes for p in before.partial):
-                _fail(node, f"reduces over {axes}, of a value that is {before}")
-        elif node.target is all_to_all:
+            for x in node.args[0]:  # type: ignore[union-attr]
+                before: Layout = x.meta["layout"]  # type: ignore[union-attr]
+                if not any(p.op == node.args[1] and p.axes == axes for p in before.partial):
+                    _fail(node, f"reduces over {axes}, of a value that is {before}")
+        elif node.target in COLLECTIVES:
             for x, src, dst, out in zip(*node.args, layout, strict=True):  # type: ignore[arg-type]
                 _change(node, src, dst, x, out)
         else:

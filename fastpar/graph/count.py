@@ -17,9 +17,9 @@ from torch.utils.flop_counter import flop_registry
 import fastpar.ops.attention  # noqa: F401  (registers the formula of attention)
 from fastpar.core.layout import Layout
 from fastpar.core.mesh import Mesh
-from fastpar.core.transfer import changed_axes, elements_sent, transfer
+from fastpar.core.transfer import elements_sent, transfer
 from fastpar.graph.program import Program, source_line
-from fastpar.ops.collectives import all_gather, all_reduce, all_to_all, exchanged_axes
+from fastpar.ops.collectives import COLLECTIVES, all_reduce, axes_of, layouts_of
 from fastpar.rules import Call, rule_for
 from fastpar.sharding.candidates import Candidate
 
@@ -123,24 +123,13 @@ def bytes_per_rank(program: Program) -> list[int]:
 
 def node_bytes(node: fx.Node, mesh: Mesh) -> tuple[str, str, list[int]] | None:
     """(kind, mesh axes, bytes per rank) of one collective of a lowered program; None for other nodes."""
-    if node.target is all_to_all:
-        totals = [0] * mesh.ranks
-        srcs, dsts = ([Layout.parse(str(t)) for t in a] for a in node.args[1:3])  # type: ignore[union-attr]
-        for x, a, b in zip(node.args[0], srcs, dsts, strict=True):  # type: ignore[arg-type]
-            size = x.meta["val"].element_size()  # type: ignore[union-attr]
-            totals = [t + e * size for t, e in zip(totals, elements_sent(a, b, mesh), strict=True)]
-        return "all_to_all", ".".join(exchanged_axes(srcs, dsts, mesh)), totals
-    if node.target is all_gather:
-        a, b = (Layout.parse(str(t)) for t in node.args[1:3])
-        size = node.meta["val"].element_size()
-        return "all_gather", ".".join(changed_axes(a, b, mesh)), [e * size for e in elements_sent(a, b, mesh)]
-    if node.target is all_reduce:
-        axes = tuple(str(node.args[2]).split("."))
-        n = mesh.size(axes)
-        value = node.meta["val"]
-        numels = [_numel(node.meta["layout"], mesh, r) for r in range(mesh.ranks)]
-        return "all_reduce", ".".join(axes), [-(-2 * (n - 1) * e // n) * value.element_size() for e in numels]
-    return None
+    if node.target not in COLLECTIVES:
+        return None
+    totals = [0] * mesh.ranks
+    for x, src, dst in zip(node.args[0], *layouts_of(node), strict=True):  # type: ignore[arg-type]
+        size = x.meta["val"].element_size()  # type: ignore[union-attr]
+        totals = [t + e * size for t, e in zip(totals, elements_sent(src, dst, mesh), strict=True)]
+    return str(node.target).split(".")[1], ".".join(axes_of(node, mesh)), totals
 
 
 def bytes_across(program: Program, axes: tuple[str, ...], why: str | None = None) -> list[int]:
@@ -158,19 +147,19 @@ def bytes_across(program: Program, axes: tuple[str, ...], why: str | None = None
     for node in program.graph.nodes:
         if why is not None and node.meta.get("why") != why:
             continue
-        if node.target in (all_to_all, all_gather):
-            several = node.target is all_to_all
-            for x, *texts in zip(*(node.args if several else ([a] for a in node.args)), strict=True):  # type: ignore[misc]
-                src, dst = (Layout.parse(str(t)) for t in texts)
-                for rank in range(mesh.ranks):
+        if node.target not in COLLECTIVES:
+            continue
+        for x, src, dst in zip(node.args[0], *layouts_of(node), strict=True):  # type: ignore[arg-type]
+            size = x.meta["val"].element_size()  # type: ignore[union-attr]
+            for rank in range(mesh.ranks):
+                if node.target is all_reduce:
+                    group = mesh.group(rank, axes_of(node, mesh))
+                    share = 2 * _numel(dst, mesh, rank) * size
+                    totals[rank] += -(-share * sum(across(rank, peer) for peer in group) // len(group))
+                else:
                     t = transfer(src, dst, mesh, rank)
                     sent = sum(n for peer, n in zip(t.group, t.send_splits, strict=True) if across(rank, peer))
-                    totals[rank] += sent * x.meta["val"].element_size()
-        elif node.target is all_reduce:
-            for rank in range(mesh.ranks):
-                group = mesh.group(rank, tuple(str(node.args[2]).split(".")))
-                share = 2 * _numel(node.meta["layout"], mesh, rank) * node.meta["val"].element_size()
-                totals[rank] += -(-share * sum(across(rank, peer) for peer in group) // len(group))
+                    totals[rank] += sent * size
     return totals
 
 

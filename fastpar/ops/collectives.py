@@ -4,8 +4,8 @@
 |---|---|---|
 | ``local(x, src, dst)`` | keep the rows that this rank needs, nothing moves | slices |
 | ``all_to_all(xs, srcs, dsts)`` | several values change layout in one exchange | ``pack``, all-to-all, ``unpack`` |
-| ``all_gather(x, src, dst)`` | every rank needs the same, all send equally much | ``pack``, all-gather, ``unpack`` |
-| ``all_reduce(x, op, axes)`` | the value is summed over axes | all-reduce |
+| ``all_gather(xs, srcs, dsts)`` | every rank needs the same, all send equally much | ``pack``, all-gather, ``unpack`` |
+| ``all_reduce(xs, op, axes)`` | values are summed over axes | ``pack``, all-reduce, ``unpack`` |
 
 Stage *lowered* is one program for all ranks: layouts are arguments, as text. ``pack`` and
 ``unpack`` carry one rank's boxes as flat lists of integers. On one rank with whole tensors
@@ -18,27 +18,26 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch import fx
 
-from fastpar.core.layout import Layout
+from fastpar.core.layout import Layout, Partial
 from fastpar.core.mesh import Mesh
 from fastpar.core.transfer import Box, Transfer, changed_axes, transfer
 
 _LIB = torch.library.Library("fastpar", "FRAGMENT")
 _PT2 = (torch.Tag.pt2_compliant_tag,)
 _LIB.define("local(Tensor x, str src, str dst) -> Tensor", tags=_PT2)
-_LIB.define("all_gather(Tensor x, str src, str dst) -> Tensor", tags=_PT2)
-_LIB.define("all_reduce(Tensor x, str op, str axes) -> Tensor", tags=_PT2)
 _LIB.define("all_to_all(Tensor[] xs, str[] srcs, str[] dsts) -> Tensor[]", tags=_PT2)
+_LIB.define("all_gather(Tensor[] xs, str[] srcs, str[] dsts) -> Tensor[]", tags=_PT2)
+_LIB.define("all_reduce(Tensor[] xs, str op, str axes) -> Tensor[]", tags=_PT2)
 _LIB.define("pack(Tensor[] xs, int[] boxes) -> Tensor", tags=_PT2)
 _LIB.define("unpack(Tensor buffer, int[] shapes, int[] boxes) -> Tensor[]", tags=_PT2)
 
-for _name in ("local", "all_gather", "all_reduce"):
-    _LIB.impl(_name, lambda x, a, b: x.clone(), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastpar::{_name}", lambda x, a, b: torch.empty_like(x), lib=_LIB)
-_LIB.impl("all_to_all", lambda xs, a, b: [x.clone() for x in xs], "CompositeExplicitAutograd")
-torch.library.register_fake(
-    "fastpar::all_to_all", lambda xs, a, b: [torch.empty_like(x) for x in xs], lib=_LIB
-)
+_LIB.impl("local", lambda x, a, b: x.clone(), "CompositeExplicitAutograd")
+torch.library.register_fake("fastpar::local", lambda x, a, b: torch.empty_like(x), lib=_LIB)
+for _name in ("all_to_all", "all_gather", "all_reduce"):
+    _LIB.impl(_name, lambda xs, a, b: [x.clone() for x in xs], "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastpar::{_name}", lambda xs, a, b: [torch.empty_like(x) for x in xs], lib=_LIB)
 
 local = torch.ops.fastpar.local.default
 all_gather = torch.ops.fastpar.all_gather.default
@@ -151,8 +150,25 @@ def exchanged_axes(srcs: Sequence[Layout], dsts: Sequence[Layout], mesh: Mesh) -
     return mesh.ordered({a for src, dst in zip(srcs, dsts, strict=True) for a in changed_axes(src, dst, mesh)})
 
 
+def layouts_of(node: fx.Node) -> tuple[list[Layout], list[Layout]]:
+    """Layouts before and after, value by value, of a collective in a lowered program."""
+    if node.target is all_reduce:
+        done: list[Layout] = list(node.meta["layout"])
+        axes = tuple(str(node.args[2]).split("."))
+        return [Layout(x.dims, (*x.partial, Partial(str(node.args[1]), axes))) for x in done], done
+    srcs, dsts = ([Layout.parse(str(t)) for t in texts] for texts in node.args[1:3])  # type: ignore[union-attr]
+    return srcs, dsts
+
+
+def axes_of(node: fx.Node, mesh: Mesh) -> tuple[str, ...]:
+    """Mesh axes over which a collective in a lowered program talks."""
+    if node.target is all_reduce:
+        return tuple(str(node.args[2]).split("."))
+    return exchanged_axes(*layouts_of(node), mesh)
+
+
 class Exchange:
-    """One rank's side of ``all_to_all`` over several values, as ``pack`` and ``unpack`` need it.
+    """One rank's side of a collective over several values, as ``pack`` and ``unpack`` need it.
 
     The buffer for a peer holds the first value's boxes, then the second's, and so on; so Q, K
     and V of one attention travel in one message however different their shapes are.

@@ -18,7 +18,6 @@ import torch
 from torch import fx
 
 from fastpar.core.errors import CheckError
-from fastpar.core.layout import Layout
 from fastpar.core.mesh import Mesh
 from fastpar.graph.count import node_flops
 from fastpar.graph.program import Program, source_line
@@ -181,22 +180,18 @@ def _durations(starts: Sequence[Sequence[fx.Node]], mesh: Mesh, topology: Topolo
     known: dict[Any, float] = {}
     out = []
     for several in zip(*starts, strict=True):
-        key = tuple((n.target, _itemsize(n), str(n.args[1:]), _numel(n, mesh, r)) for r, n in enumerate(several))
+        key = tuple((n.target, _itemsize(n), str(n.args[1:]), _numel(n)) for n in several)
         if key not in known:
             known[key] = topology.seconds(_messages(several, mesh))
         out.append(known[key])
     return out
 
 
-def _numel(node: fx.Node, mesh: Mesh, rank: int) -> int:
+def _numel(node: fx.Node) -> int:
     """Elements that the rank puts in, where the arguments do not say it."""
     if node.target is _C10D.all_to_all_single.default:
         return 0
-    given: fx.Node = node.args[0]  # type: ignore[assignment]
-    if given.target is pack:
-        return _elements(given)
-    layout = given.meta.get("layout")
-    return math.prod(layout.local_shape(mesh, rank)) if isinstance(layout, Layout) else 0
+    return _elements(node.args[0])  # type: ignore[arg-type]
 
 
 def _messages(several: Sequence[fx.Node], mesh: Mesh) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -207,7 +202,7 @@ def _messages(several: Sequence[fx.Node], mesh: Mesh) -> tuple[np.ndarray, np.nd
             if node.target is _C10D.all_to_all_single.default:
                 elements = node.args[2][i]  # type: ignore[index]
             else:  # an all-reduce is a reduce-scatter and an all-gather of what it reduces
-                elements = _numel(node, mesh, rank)
+                elements = _numel(node)
                 if node.target is _C10D.all_reduce.default:
                     elements = 2 * elements / len(group)
             src.append(rank)

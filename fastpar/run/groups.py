@@ -10,10 +10,8 @@ import torch.distributed as dist
 from torch import fx
 
 from fastpar.core.errors import CaptureError, PlanError
-from fastpar.core.layout import Layout
 from fastpar.core.mesh import Mesh
-from fastpar.core.transfer import changed_axes
-from fastpar.ops.collectives import all_gather, all_reduce, all_to_all, exchanged_axes
+from fastpar.ops.collectives import COLLECTIVES, axes_of
 
 _made: dict[tuple[Any, ...], Any] = {}
 
@@ -60,13 +58,8 @@ def axes_used(graph: fx.Graph, mesh: Mesh) -> list[tuple[str, ...]]:
     """Sets of axes over which a lowered program communicates, in order of first use."""
     found: dict[tuple[str, ...], None] = {}
     for node in graph.nodes:
-        if node.target is all_reduce:
-            found[tuple(str(node.args[2]).split("."))] = None
-        elif node.target is all_gather:
-            found[changed_axes(Layout.parse(str(node.args[1])), Layout.parse(str(node.args[2])), mesh)] = None
-        elif node.target is all_to_all:
-            srcs, dsts = ([Layout.parse(str(t)) for t in a] for a in node.args[1:3])  # type: ignore[union-attr]
-            found[exchanged_axes(srcs, dsts, mesh)] = None
+        if node.target in COLLECTIVES:
+            found[axes_of(node, mesh)] = None
     return list(found)
 
 
