@@ -62,6 +62,18 @@ def _naive() -> type[Pass]:
     return Naive
 
 
+def _overlap() -> type[Pass]:
+    from fastpar.passes.overlap import Overlap
+
+    return Overlap
+
+
+def _pack() -> type[Pass]:
+    from fastpar.passes.pack import Pack
+
+    return Pack
+
+
 def _shard() -> type[Pass]:
     from fastpar.passes.shard import Shard
 
@@ -77,6 +89,8 @@ PASSES: dict[str, Callable[[], type[Pass]]] = {
     "naive": _naive,
     "cancel": _cancel,
     "lower": _lower,
+    "pack": _pack,
+    "overlap": _overlap,
     "hold": _hold,
     "localise": _localise,
 }

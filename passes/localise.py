@@ -49,7 +49,7 @@ class Localise(Pass):
     """The program of ``rank``."""
 
     name: ClassVar[str] = "localise"
-    stage_in: ClassVar[str] = "lowered"
+    stage_in: ClassVar[tuple[str, ...]] = ("lowered", "scheduled")
     stage_out: ClassVar[str] = "localised"
 
     rank: int = 0

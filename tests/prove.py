@@ -23,6 +23,7 @@ from fastpar.graph.pipeline import Pass, PassContext, Pipeline
 from fastpar.graph.program import Program
 from fastpar.ops.collectives import COLLECTIVES
 from fastpar.passes.localise import Localise
+from fastpar.plan.durations import durations
 from fastpar.plan.expand import mesh_for, pipeline_text
 from fastpar.registry import PASSES
 from fastpar.rules import Call
@@ -59,9 +60,7 @@ class Seen:
     collectives: Counter[str] = field(default_factory=Counter)
 
 
-def prove(
-    case: Case, way: Way, passes: Mapping[str, Callable[[], type[Pass]]] = PASSES, bits: bool = True
-) -> Seen:
+def prove(case: Case, way: Way, passes: Mapping[str, Callable[[], type[Pass]]] = PASSES, bits: bool = True) -> Seen:
     """Run ``case`` through ``way``: exact, well-formed and in order at every stage. Returns what was seen.
 
     ``bits`` demands equal bits on all ranks, which holds where no row is computed in two places.
@@ -72,7 +71,7 @@ def prove(
     assert Mesh.parse(str(mesh)) == mesh
     start = case.program.copy()
     start.mesh = mesh
-    ctx = PassContext(mesh=mesh)
+    ctx = PassContext(mesh=mesh, costs=durations(mesh))
 
     def between(previous: Pass | None, now: Program, following: Pass | None, seconds: float) -> None:
         with _noted(f"after {previous.spec() if previous else 'capture'}"):

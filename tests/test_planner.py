@@ -13,6 +13,7 @@ import fastpar
 from fastpar.core.errors import OptionError
 from fastpar.core.plan import Plan
 from fastpar.plan import clock, cost
+from fastpar.plan.expand import pipeline_text
 from fastpar.plan.planner import choose
 from fastpar.plan.predict import predict
 from fastpar.plan.topology import Device, Level, Topology, load, parse, presets
@@ -139,7 +140,7 @@ PLANS = ["ulysses=2", "ulysses=4", "ring=3", "gather=4", "ulysses=2,ring=2", "cf
 def test_predicted_bytes_are_counted_bytes(captured: fastpar.Captured, plan: str) -> None:
     """Of plans that nobody has built; 11 rows on n ranks leave the busiest one a part more."""
     program = captured.programs[0].program
-    report = fastpar.explain(captured, plan=plan)
+    report = fastpar.explain(captured, plan=plan, passes=pipeline_text(Plan.parse(plan), schedule=False))
     found = predict(workload(program), Plan.parse(plan), load("h100-8"))
     assert found.bytes == pytest.approx(report.bytes_formula, rel=0.01)
     assert found.collectives == sum(c.count for c in report.collectives)
@@ -150,8 +151,8 @@ def test_predicted_bytes_are_counted_bytes(captured: fastpar.Captured, plan: str
 
 @pytest.mark.parametrize("plan", PLANS)
 def test_the_clock_and_the_prediction_agree(captured: fastpar.Captured, plan: str) -> None:
-    built = build(captured.programs[0].program, plan)
     box = load("l40-8")
+    built = build(captured.programs[0].program, plan, passes=pipeline_text(Plan.parse(plan), schedule=False))
     line = clock.run([built.localise(r) for r in range(built.mesh.ranks)], box)
     found = predict(workload(captured.programs[0].program), Plan.parse(plan), box)
     assert line.seconds == pytest.approx(found.seconds, rel=0.1)

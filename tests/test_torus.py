@@ -18,6 +18,7 @@ from fastpar.graph.count import bytes_across
 from fastpar.graph.pipeline import PassContext, Pipeline
 from fastpar.ops.join import join, join_order
 from fastpar.ops.ring import attention_lse
+from fastpar.plan.expand import pipeline_text
 from fastpar.plan.formula import between_machines
 from fastpar.registry import PASSES
 from fastpar.run.build import build
@@ -147,15 +148,17 @@ def test_usp_with_its_ring_between_machines_sends_half_n_times_as_much(machines:
 )  # fmt: skip
 def test_collectives_per_attention(plan: str, count: int) -> None:
     """24 heads on 7 machines are all on each: only keys and values are pulled."""
-    report = fastpar.explain(attention(24, 120), plan=plan)
+    written = pipeline_text(Plan.parse(plan), schedule=False)
+    report = fastpar.explain(attention(24, 120), plan=plan, passes=written)
     assert sum(c.count for c in report.collectives if c.why == "attention") == count
     axes = {c.axis for c in report.collectives if c.why == "attention"}
     assert axes == set(plan.replace("=", ",").split(",")[::2])  # no exchange meets more ranks than it has to
 
 
 def test_every_exchange_starts_before_what_it_hides_under() -> None:
-    """Three machines: q0, q1, q2 to the own keys; all to the next; all to the last, pushed as they are complete."""
-    built = build(attention(6, 12).programs[0].program, "torus=3")
+    """As written. Three machines: q0, q1, q2 to own keys; all to the next; all to the last, pushed when complete."""
+    written = pipeline_text(Plan.parse("torus=3"), schedule=False)
+    built = build(attention(6, 12).programs[0].program, "torus=3", passes=written)
     steps = []
     for node in built.localise(1).graph.nodes:
         name = str(node.target).split(".")[1] if node.op == "call_function" and "." in str(node.target) else ""

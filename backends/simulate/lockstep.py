@@ -40,14 +40,14 @@ def run_global(program: Program, args: Sequence[Any], watch: Watch | None = None
     env: dict[fx.Node, list[Any]] = {}
     localiser = Localiser(mesh)
     queue = iter(args)
-    last = _last_uses(program.graph)
+    last = last_uses(program.graph)
     for node in program.graph.nodes:
         if node.op == "placeholder":
             value, layout = next(queue), node.meta.get("layout")
             part = isinstance(layout, Layout) and not layout.is_whole  # of a weight that is held in parts
             env[node] = [take(value, layout, mesh, r) for r in ranks] if part else [value] * mesh.ranks
         elif node.op == "get_attr":
-            env[node] = [_attribute(program.gm, str(node.target))] * mesh.ranks
+            env[node] = [attribute(program.gm, str(node.target))] * mesh.ranks
         elif node.op == "output":
             return [tuple(fx.map_arg(node.args[0], lambda n, r=r: env[n][r])) for r in ranks]  # type: ignore[misc]
         else:
@@ -187,7 +187,7 @@ def run_local(programs: Sequence[Program], args: Sequence[Any]) -> list[tuple[An
     Raises CheckError where ranks of one group come to different collectives, or some end early.
     """
     mesh: Mesh = programs[0].mesh
-    runners = [_run_rank(p, _own(p, args, rank)) for rank, p in enumerate(programs)]
+    runners = [_run_rank(p, own_inputs(p, args, rank)) for rank, p in enumerate(programs)]
     results: list[tuple[Any, ...] | None] = [None] * mesh.ranks
     waiting: dict[int, tuple[str, tuple[Any, ...]]] = {}
     answers: dict[int, Any] = dict.fromkeys(range(mesh.ranks))
@@ -216,7 +216,7 @@ def run_local(programs: Sequence[Program], args: Sequence[Any]) -> list[tuple[An
     return [r for r in results if r is not None]
 
 
-def _own(program: Program, args: Sequence[Any], rank: int) -> list[Any]:
+def own_inputs(program: Program, args: Sequence[Any], rank: int) -> list[Any]:
     """What ``rank`` is given of the whole inputs: its part of the weights that are held in parts."""
     out = []
     for node, value in zip(program.placeholders, args, strict=True):
@@ -229,12 +229,12 @@ def _own(program: Program, args: Sequence[Any], rank: int) -> list[Any]:
 def _run_rank(program: Program, args: list[Any]) -> Generator[tuple[str, tuple[Any, ...]], Any, tuple[Any, ...]]:
     env: dict[fx.Node, Any] = {}
     queue = iter(args)
-    last = _last_uses(program.graph)
+    last = last_uses(program.graph)
     for node in program.graph.nodes:
         if node.op == "placeholder":
             env[node] = next(queue)
         elif node.op == "get_attr":
-            env[node] = _attribute(program.gm, str(node.target))
+            env[node] = attribute(program.gm, str(node.target))
         elif node.op == "output":
             return tuple(fx.map_arg(node.args[0], lambda n: env[n]))  # type: ignore[arg-type]
         else:
@@ -276,13 +276,13 @@ _COLLECT: dict[str, Callable[[list[tuple[Any, ...]]], list[torch.Tensor]]] = {
 }
 
 
-def _attribute(module: Any, target: str) -> Any:
+def attribute(module: Any, target: str) -> Any:
     for part in target.split("."):
         module = getattr(module, part)
     return module
 
 
-def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+def last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
     """Values that no later node needs, by the node after which they go."""
     last: dict[fx.Node, list[fx.Node]] = {}
     seen: set[fx.Node] = set()

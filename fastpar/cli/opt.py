@@ -67,6 +67,7 @@ def opt(
     from fastpar.graph.capture import fake_mode_of
     from fastpar.graph.dump import dumper
     from fastpar.graph.pipeline import PassContext, Pipeline, callbacks
+    from fastpar.plan.durations import durations
     from fastpar.plan.expand import mesh_for, pipeline_text
     from fastpar.registry import PASSES
     from fastpar.run.build import planned, resolve
@@ -90,7 +91,7 @@ def opt(
         each.append(dumper(dump))
     program = recorded.program.copy()
     program.mesh, program.plan = mesh, chosen
-    pipeline.run(program, PassContext(mesh=mesh, plan=chosen), callbacks(each))
+    pipeline.run(program, PassContext(mesh=mesh, plan=chosen, costs=durations(mesh)), callbacks(each))
     if time:
         show_times(times.rows)
     if verify_each:

@@ -283,8 +283,20 @@ class Layout:
         if len(set(used)) != len(used):
             raise ValueError(f"layout {self} uses a mesh axis for two of its factors")
 
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.dims, self.partial))
+
+    def __hash__(self) -> int:  # kept: layouts are keys all over the compiler, and deep
+        return self._hash
+
+    @cached_property
+    def _text(self) -> str:
+        body = f"[{', '.join(map(str, self.dims))}]"
+        return body + (f" partial({', '.join(map(str, self.partial))})" if self.partial else "")
+
     def __str__(self) -> str:
-        return _layout_text(self)
+        return self._text
 
     @staticmethod
     def parse(text: str) -> Layout:
@@ -295,14 +307,6 @@ class Layout:
 @lru_cache(maxsize=16384)
 def _local_shape(layout: Layout, mesh: Mesh, rank: int) -> tuple[int, ...]:
     return tuple(d.local(mesh, rank) for d in layout.dims)
-
-
-@lru_cache(maxsize=16384)
-def _layout_text(layout: Layout) -> str:
-    body = f"[{', '.join(map(str, layout.dims))}]"
-    if layout.partial:
-        body += f" partial({', '.join(map(str, layout.partial))})"
-    return body
 
 
 def _runs(parts: Sequence[int]) -> str:

@@ -39,7 +39,7 @@ def check(program: Program) -> None:
             if node.op == "call_function":
                 _node(node, program.stage, program.mesh)
             elif node.op == "placeholder" and isinstance(node.meta.get("val"), torch.Tensor):
-                if not node.meta["layout"].is_whole and not (node in held and program.stage == "lowered"):
+                if not node.meta["layout"].is_whole and not (node in held and program.stage != "sharded"):
                     _fail(node, f"an input is whole on every rank, not {node.meta['layout']}")
         for n in program.graph.output_node().all_input_nodes:
             if isinstance(n.meta.get("layout"), Layout) and not n.meta["layout"].is_whole:
@@ -176,8 +176,7 @@ def check_order(programs: list[Program]) -> None:
             raise CheckError(f"rank {rank} starts other collectives, or in another order, than rank 0")
     mesh: Mesh = programs[0].mesh
     splits = [
-        [n for n in p.graph.nodes if n.target is torch.ops._c10d_functional.all_to_all_single.default]
-        for p in programs
+        [n for n in p.graph.nodes if n.target is torch.ops._c10d_functional.all_to_all_single.default] for p in programs
     ]
     for k, node in enumerate(splits[0] if splits else []):
         axes = tuple(str(node.args[-1]).split("."))

@@ -62,10 +62,20 @@ class Pass(ABC):
     """What the pipeline's text calls it; the file has the same name with ``_`` for ``-``."""
     lossy: ClassVar[bool] = False
     """Whether it changes numerics by more than the order of sums."""
-    stage_in: ClassVar[str | None] = None
-    """The stage that it takes; ``None`` for any."""
+    stage_in: ClassVar[str | tuple[str, ...] | None] = None
+    """The stage that it takes, or the stages; ``None`` for any."""
     stage_out: ClassVar[str | None] = None
     """The stage that it gives; ``None`` for the one that it was given."""
+
+    @classmethod
+    def takes(cls, stage: str) -> bool:
+        """Whether a program at ``stage`` can be given to it."""
+        return cls.stage_in is None or stage in ((cls.stage_in,) if isinstance(cls.stage_in, str) else cls.stage_in)
+
+    @property
+    def wanted(self) -> str:
+        """The stages that it takes, in words."""
+        return self.stage_in if isinstance(self.stage_in, str) else " or ".join(self.stage_in or ())
 
     @abstractmethod
     def apply(self, program: Program, ctx: PassContext) -> Program:
@@ -117,9 +127,7 @@ class Callback(Protocol):
     ``seconds`` 0) before the first pass, ``next`` is ``None`` after the last; both in an empty pipeline.
     """
 
-    def __call__(
-        self, previous: Pass | None, program: Program, next: Pass | None, seconds: float, /
-    ) -> None: ...
+    def __call__(self, previous: Pass | None, program: Program, next: Pass | None, seconds: float, /) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -130,14 +138,16 @@ class Pipeline:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "passes", tuple(self.passes))
-        stage, giver = None, None
+        stage: str | None = None
+        giver = None
         for one in self.passes:
-            if stage is not None and one.stage_in not in (None, stage):
+            if stage is not None and not one.takes(stage):
                 raise OptionError(
-                    f"pass {one.name!r} takes a program that is {one.stage_in}; after {giver!r} it is {stage}"
+                    f"pass {one.name!r} takes a program that is {one.wanted}; after {giver!r} it is {stage}"
                 )
-            if one.stage_out or one.stage_in:
-                stage, giver = one.stage_out or one.stage_in, one.name
+            leaves = one.stage_out or one.stage_in
+            if isinstance(leaves, str):  # what takes one of several leaves the one that it got
+                stage, giver = leaves, one.name
 
     @classmethod
     def parse(cls, text: str, available: Mapping[str, Callable[[], type[Pass]]]) -> Pipeline:
@@ -175,9 +185,9 @@ class Pipeline:
         for place, one in enumerate(self.passes, 1):
             if callback is not None:
                 callback(previous, program, one, seconds)
-            if one.stage_in not in (None, program.stage):
+            if not one.takes(program.stage):
                 raise OptionError(
-                    f"pass {one.name!r} takes a program that is {one.stage_in}; this one is {program.stage}"
+                    f"pass {one.name!r} takes a program that is {one.wanted}; this one is {program.stage}"
                 )
             expected, begin = one.stage_out or program.stage, time.perf_counter()
             try:

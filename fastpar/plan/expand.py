@@ -16,14 +16,15 @@ IMPLEMENTED = ("ulysses", "ring", "torus", "gather", "cfg", "tp", "naive", "auto
 """Plan terms that the compiler runs today; others are a clear error."""
 
 
+def pipeline_text(plan: Plan, schedule: bool = True) -> str:
+    """The one pipeline that a plan expands to (localise, which needs a rank, comes after it).
 
-def pipeline_text(plan: Plan) -> str:
-    """The one pipeline that a plan expands to (localise, which needs a rank, comes after it)."""
+    Without ``schedule``, up to the program whose collectives stand where they are needed.
+    """
     missing = plan.unsupported(IMPLEMENTED)
     if missing:
         raise PlanError(
-            f"plan {str(plan)!r}: {', '.join(missing)} is not implemented yet; "
-            f"implemented are {', '.join(IMPLEMENTED)}"
+            f"plan {str(plan)!r}: {', '.join(missing)} is not implemented yet; implemented are {', '.join(IMPLEMENTED)}"
         )
     steps = ["shard"]
     if plan.naive:
@@ -36,7 +37,7 @@ def pipeline_text(plan: Plan) -> str:
         steps.append("attention-torus{axes=torus}" if plan.ring else "attention-torus")
     if plan.ring:
         steps.append("attention-ring")
-    return ",".join([*steps, "cancel", "lower"])
+    return ",".join([*steps, "cancel", "lower", *(["overlap"] if schedule else [])])
 
 
 def mesh_for(plan: Plan, graph: fx.Graph, order: Sequence[str] = ()) -> Mesh:

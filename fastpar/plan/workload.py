@@ -130,7 +130,10 @@ def joined(several: Sequence[Workload]) -> Workload:
 
 
 def _shape(node: fx.Node) -> Any:
+    """Of what an operator gives (of the first of several), as the roofline counts it; what is no tensor, as it is."""
     value = node.meta.get("val")
+    if isinstance(value, (tuple, list)) and value:
+        value = value[0]
     return tuple(int(s) for s in value.shape) if isinstance(value, torch.Tensor) else value
 
 
@@ -147,7 +150,7 @@ def _counted(a: Attention, n: int) -> Attention:
     return Attention(a.batch, a.heads, a.key_heads, a.queries, a.keys, a.width, a.itemsize, a.split, n)
 
 
-def _views(node: fx.Node) -> bool:
+def is_view(node: fx.Node) -> bool:
     """Whether the operator only looks at its operand in another way."""
     target = node.target
     if target is getitem:
@@ -160,14 +163,14 @@ def _static(graph: fx.Graph, kinds: Mapping[fx.Node, str]) -> set[fx.Node]:
     """Parameters, buffers and views of them."""
     found = {n for n, kind in kinds.items() if kind in ("parameter", "buffer")}
     for node in graph.nodes:
-        if node.op == "call_function" and _views(node) and set(node.all_input_nodes) <= found:
+        if node.op == "call_function" and is_view(node) and set(node.all_input_nodes) <= found:
             found.add(node)
     return found
 
 
 def _launches(node: fx.Node) -> int:
     """Kernels that eager launches: one per operator that is no view."""
-    return 0 if _views(node) or not Call.of(node).results else 1
+    return 0 if is_view(node) or not Call.of(node).results else 1
 
 
 def _peak(graph: fx.Graph, inputs: set[fx.Node]) -> int:
@@ -181,12 +184,10 @@ def _peak(graph: fx.Graph, inputs: set[fx.Node]) -> int:
         ends.setdefault(user, []).append(value)
     now = most = 0
     for node in graph.nodes:
-        if node.op == "call_function" and not _views(node):
+        if node.op == "call_function" and not is_view(node):
             now += node_bytes(node, _shape(node))
             most = max(most, now)
         for gone in ends.get(node, ()):
-            if gone not in inputs and gone.op == "call_function" and not _views(gone):
+            if gone not in inputs and gone.op == "call_function" and not is_view(gone):
                 now -= node_bytes(gone, _shape(gone))
     return most
-
-

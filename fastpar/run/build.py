@@ -16,7 +16,9 @@ from fastpar.core.plan import Plan
 from fastpar.graph.check import check
 from fastpar.graph.pipeline import Callback, PassContext, Pipeline, callbacks
 from fastpar.graph.program import Program
+from fastpar.passes.hold import Hold
 from fastpar.passes.localise import Localise
+from fastpar.plan.durations import durations
 from fastpar.plan.expand import IMPLEMENTED, mesh_for, pipeline_text
 from fastpar.plan.planner import Choice, choose
 from fastpar.plan.predict import predict
@@ -113,11 +115,12 @@ def build(
     pipeline = expected if passes is None else Pipeline.parse(passes, PASSES)
     if passes is not None:
         _agrees(pipeline, expected, plan)
-    if hold and pipeline.passes[-1].name != "hold":
-        pipeline = Pipeline.parse(f"{pipeline},hold", PASSES)
+    if hold and "hold" not in [p.name for p in pipeline.passes]:
+        pipeline = Pipeline(tuple(q for p in pipeline.passes for q in ([p, Hold()] if p.name == "lower" else [p])))
     mesh = mesh_for(plan, program.graph, order)
     notes += [f"lossy: {reason}" for reason in plan.lossy]
-    ctx = PassContext(mesh=mesh, plan=plan, notes=list(notes))
+    costs = durations(mesh, choice.topology if choice is not None else None)
+    ctx = PassContext(mesh=mesh, plan=plan, costs=costs, notes=list(notes))
     notes = ctx.notes
     seconds: dict[str, float] = {}
 

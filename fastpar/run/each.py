@@ -19,6 +19,7 @@ from fastpar.graph.capture import Recorded
 from fastpar.graph.check import check_order
 from fastpar.graph.pipeline import Pass, PassContext, Pipeline
 from fastpar.graph.program import Program
+from fastpar.plan.durations import durations
 from fastpar.run.compare import FLOAT64_TOLERANCE, difference, float64_reference, same_bits
 
 
@@ -64,7 +65,7 @@ class EachStage:
         name = previous.spec() if previous is not None else ""
         self.proofs.append(Proof(name, program.stage, max(errors), same, self._lossy))
         # A pass may edit its program in place, and what it was is needed to localise the other ranks.
-        self._before = program.copy() if program.stage == "lowered" else None
+        self._before = program.copy() if program.stage in ("lowered", "scheduled") else None
 
     def _run(self, previous: Pass | None, program: Program) -> list[tuple[Any, ...]]:
         if program.stage == "captured":
@@ -85,7 +86,7 @@ def prove_each(recorded: Recorded, pipeline: Pipeline, mesh: Mesh, plan: Any) ->
     promoted, args, expected = float64_reference(recorded)
     program = promoted.copy()
     program.mesh, program.plan = mesh, plan
-    ctx = PassContext(mesh=mesh, plan=plan)
+    ctx = PassContext(mesh=mesh, plan=plan, costs=durations(mesh))
     each = EachStage(args, expected, ctx)
     pipeline.run(program, ctx, each)
     return each.proofs

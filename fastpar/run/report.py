@@ -42,6 +42,26 @@ class PlanRow:
     reason: str
 
 
+@dataclass(frozen=True)
+class OrderRow:
+    """One order of the program that ``overlap`` weighed: milliseconds per call, of which exposed, and messages."""
+
+    order: str
+    milliseconds: float
+    exposed: float
+    collectives: int
+
+
+@dataclass(frozen=True)
+class ExposedRow:
+    """Collectives of one source line that stay exposed, and why nothing hides them."""
+
+    source: str
+    milliseconds: float
+    count: int
+    reason: str
+
+
 @dataclass
 class Report:
     """Result of ``verify`` (all fields) or ``explain`` (those that need no run).
@@ -54,7 +74,8 @@ class Report:
     seconds on the roofline). Bytes are per step (one call of the model) and leave a rank for others;
     ``bytes_per_rank`` is the largest rank's, ``bytes_formula`` the plan's closed form. With a topology,
     ``predicted`` has the seconds of this plan's program on the virtual clock (in all, computing, communicating,
-    exposed) and ``plans`` every plan that was weighed.
+    exposed) and ``plans`` every plan that was weighed. ``orders`` are those that ``overlap`` weighed, the one
+    that it took first; ``exposed`` what nothing hides in it.
     """
 
     plan: str
@@ -82,6 +103,8 @@ class Report:
     topology: str = ""
     predicted: dict[str, float] = field(default_factory=dict)
     plans: list[PlanRow] = field(default_factory=list)
+    orders: list[OrderRow] = field(default_factory=list)
+    exposed: list[ExposedRow] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

@@ -35,7 +35,7 @@ from fastpar.run.compare import (
     same_bits,
 )
 from fastpar.run.diverge import first_difference
-from fastpar.run.report import FallbackReport, PlanRow, Replicated, Report
+from fastpar.run.report import ExposedRow, FallbackReport, OrderRow, PlanRow, Replicated, Report
 from fastpar.sharding.candidates import find, find_batch
 
 
@@ -175,6 +175,7 @@ def _explained(built: Built) -> Report:
         notes=list(map(str, built.notes)),
         seconds=dict(built.seconds),
         **_timed(built),
+        **_ordered(built),
     )
 
 
@@ -202,6 +203,15 @@ def _timed(built: Built) -> dict[str, Any]:
     ]
     parts = ("seconds", "compute", "communication", "exposed")
     return {"topology": box.name, "predicted": {k: getattr(line, k) / deal for k in parts}, "plans": rows}
+
+
+def _ordered(built: Built) -> dict[str, Any]:
+    """Fields of the report that ``overlap`` fills."""
+    found = built.lowered.gm.meta.get("schedule")
+    if found is None:
+        return {}
+    orders = [OrderRow(w.name, 1e3 * w.seconds, 1e3 * w.exposed, w.collectives) for w in found.ways]
+    return {"orders": orders, "exposed": [ExposedRow(source, 1e3 * s, n, why) for source, s, n, why in found.exposed]}
 
 
 def _replicated(built: Built, eager: int) -> list[Replicated]:
@@ -243,6 +253,8 @@ def _join(a: Report, b: Report) -> Report:
     a.eager_flops, a.eager_time = sum(flops), a.eager_time + b.eager_time
     a.predicted = {k: a.predicted.get(k, 0) + b.predicted.get(k, 0) for k in {*a.predicted, *b.predicted}}
     a.plans = a.plans if flops[0] >= flops[1] else b.plans  # those of the graph with more work
+    a.orders = a.orders if flops[0] >= flops[1] else b.orders
+    a.exposed += b.exposed
     a.replicated = [
         replace(r, share=r.share * own / a.eager_flops)
         for x, own in zip((a, b), flops, strict=True)

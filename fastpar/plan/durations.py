@@ -1,0 +1,121 @@
+"""Seconds of a lowered program's operators on a topology, which passes get to see as ``ctx.costs``.
+
+One program stands for all ranks, so an operator lasts as long as on the rank where it lasts longest, and an
+exchange as long as its busiest link needs.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from fastpar.core.mesh import Mesh
+from fastpar.core.transfer import transfer
+from fastpar.graph.roofline import local_shape
+from fastpar.graph.schedule import Task, calls
+from fastpar.ops.collectives import COLLECTIVES, all_reduce, axes_of, layouts_of
+from fastpar.plan.clock import seconds
+from fastpar.plan.predict import LINKS, MEMORY
+from fastpar.plan.topology import Topology, detect, load
+from fastpar.plan.workload import is_view
+
+Messages = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+@dataclass
+class Durations:
+    """What operators of a program for ``mesh`` take on ``topology``; equal ones are looked at once."""
+
+    topology: Topology
+    mesh: Mesh
+
+    def __post_init__(self) -> None:
+        self._known: dict[Any, Task] = {}
+
+    def tasks(self, graph: fx.Graph) -> dict[fx.Node, Task]:
+        """What every operator of a lowered program takes."""
+        return {node: self._task(node) for node in calls(graph)}
+
+    def _task(self, node: fx.Node) -> Task:
+        key = (node.target, *map(self._text, (*node.args, node.meta.get("layout"))), *_dtypes(node))
+        if key not in self._known:
+            self._known[key] = self._measure(node)
+        return self._known[key]
+
+    def _text(self, arg: Any) -> str:
+        if isinstance(arg, fx.Node):
+            return self._text(arg.meta.get("layout"))
+        if isinstance(arg, (list, tuple)):
+            return "[" + ",".join(map(self._text, arg)) + "]"
+        return str(arg)
+
+    def _measure(self, node: fx.Node) -> Task:
+        device = self.topology.device
+        shares: dict[Any, int] = {}  # ranks with other shapes than those before them
+        for rank in range(self.mesh.ranks):
+            shares.setdefault(tuple(local_shape(n, self.mesh, rank) for n in (node, *node.all_input_nodes)), rank)
+        ranks = list(shares.values())
+        size = max(self._bytes(node, r) for r in ranks)
+        if node.target not in COLLECTIVES:
+            took = max(seconds(node, self.mesh, r, device) for r in ranks)
+            return Task(compute=took, size=size, view=is_view(node))
+        src, dst, sent = messages(node, self.mesh)
+        packed = np.bincount(src, sent, minlength=self.mesh.ranks).max()
+        unpacked = np.bincount(dst, sent, minlength=self.mesh.ranks).max()
+        if node.target is all_reduce:  # what is reduced is packed once, though it travels twice
+            packed = unpacked = size
+        copying = 2 / (device.bandwidth * MEMORY)
+        return Task(
+            compute=float(packed) * copying,
+            travel=self.topology.seconds((src, dst, sent / LINKS)),
+            unpack=float(unpacked) * copying,
+            size=size,
+        )
+
+    def _bytes(self, node: fx.Node, rank: int) -> int:
+        """Bytes of what ``rank`` gets from the operator."""
+        value, layout = node.meta.get("val"), node.meta.get("layout")
+        if not isinstance(value, (list, tuple)):
+            value, layout = [value], [layout]
+        total = 0
+        for v, lay in zip(value, layout if isinstance(layout, (list, tuple)) else [None] * len(value), strict=True):
+            if isinstance(v, torch.Tensor):
+                shape = lay.local_shape(self.mesh, rank) if lay is not None else v.shape
+                total += math.prod(int(s) for s in shape) * v.element_size()
+        return total
+
+
+def durations(mesh: Mesh, topology: str | Topology | None = None) -> Durations:
+    """Those of ``topology`` (or a preset's name, or a file); without one, of the machine at hand (``detect``)."""
+    if topology is None:
+        return Durations(detect(mesh.ranks)[0], mesh)
+    return Durations(load(topology) if isinstance(topology, str) else topology, mesh)
+
+
+def _dtypes(node: fx.Node) -> tuple[Any, ...]:
+    return tuple(getattr(n.meta.get("val"), "dtype", None) for n in node.all_input_nodes)
+
+
+def messages(node: fx.Node, mesh: Mesh) -> Messages:
+    """(from, to, bytes) of a collective in a lowered program, what a rank keeps for itself included."""
+    axes = axes_of(node, mesh)
+    totals: dict[tuple[int, int], float] = {}
+    for x, src, dst in zip(node.args[0], *layouts_of(node), strict=True):  # type: ignore[arg-type]
+        itemsize = x.meta["val"].element_size()  # type: ignore[union-attr]
+        for rank in range(mesh.ranks):
+            if node.target is all_reduce:  # a reduce-scatter and an all-gather
+                group = mesh.group(rank, axes)
+                share = 2 * math.prod(dst.local_shape(mesh, rank)) / len(group)
+                sent = [share] * len(group)
+            else:
+                t = transfer(src, dst, mesh, rank, axes)
+                group, sent = t.group, list(t.send_splits)
+            for peer, elements in zip(group, sent, strict=True):
+                totals[rank, peer] = totals.get((rank, peer), 0.0) + elements * itemsize
+    pairs = np.array(list(totals)).reshape(-1, 2)
+    return pairs[:, 0], pairs[:, 1], np.array(list(totals.values()))
