@@ -130,7 +130,10 @@ def joined(several: Sequence[Workload]) -> Workload:
 
 
 def _shape(node: fx.Node) -> Any:
+    """Shape of a value (of the first of several, as a norm with its statistics); what is no tensor, as it is."""
     value = node.meta.get("val")
+    if isinstance(value, (tuple, list)) and value:
+        value = value[0]
     return tuple(int(s) for s in value.shape) if isinstance(value, torch.Tensor) else value
 
 
