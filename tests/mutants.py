@@ -211,6 +211,38 @@ MUTANTS = (
         plan("an empty block of keys on a ring"),
     ),
     Mutant(
+        "a text that is too short to be split counts once per rank of a ring", "passes/attention_ring.py",
+        "return len(split) == 1 and all(", "return len(split) == 1 and any(",
+        plan("joint attention on a ring, one text token"),
+    ),
+    Mutant(
+        "what is for one peer goes to the one before it", "fastpar/core/transfer.py",
+        "sends = tuple(_boxes(src, dst, mesh, rank, peer) for peer in group)",
+        "sends = tuple(_boxes(src, dst, mesh, rank, peer) for peer in (*group[1:], group[0]))",
+        plan("a mask of rows and keys on a ring"),
+    ),
+    Mutant(
+        "blocks are merged by the larger of their sums", "fastpar/ops/ring.py",
+        "total = torch.logaddexp(lse, block_lse)", "total = torch.maximum(lse, block_lse)",
+        plan("a mask of rows and keys on a ring"),
+    ),
+    Mutant(
+        "what a kernel gives for a row without keys is believed", "fastpar/ops/ring.py",
+        "out = out.masked_fill(blind[..., None], 0.0)", "pass",
+        ("tests/test_kernels.py", "-k", "not_believed"),
+    ),
+    Mutant(
+        "only masks of True and False hide keys", "fastpar/ops/ring.py",
+        "shown = mask if mask.dtype == torch.bool else mask > -math.inf",
+        "shown = mask if mask.dtype == torch.bool else torch.ones_like(mask, dtype=torch.bool)",
+        ("tests/test_kernels.py", "-k", "hidden_blocks"),
+    ),
+    Mutant(
+        "what is proved lies in another order than what was placed", "fastpar/run/build.py",
+        "mesh = mesh_for(plan, program.graph, order)", "mesh = mesh_for(plan, program.graph)",
+        ("tests/test_planner.py", "-k", "places_it"),
+    ),
+    Mutant(
         "an empty block counts as a key", "fastpar/ops/ring.py",
         "empty = q.new_full(shape, -math.inf, dtype=wide)", "empty = q.new_full(shape, 0.0, dtype=wide)",
         plan("an empty block of keys on a ring"),

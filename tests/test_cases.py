@@ -51,6 +51,7 @@ PLANS = {
         Recipe(tokens=7, heads=2, steps=(("self_attention", {"mask": "blind", "bits": 12}),)),
         "ring=3",
     ),
+    "joint attention on a ring, one text token": (Recipe(batch=2, tokens=8, heads=2, steps=joint()), "ring=3"),
     "heads in stages between machines": (
         Recipe(batch=2, tokens=8, heads=3, text=4, steps=joint(mask="add", bits=13)),
         "torus=3",
