@@ -103,8 +103,13 @@ MUTANTS = (
     # -- sums
     Mutant(
         "text counted once per rank", "fastpar/core/regroup.py",
-        "seg.axes and not seg.offsets for atom", "not seg.offsets for atom",
+        "{*seg.axes} == atom.axes and not seg.offsets", "not seg.offsets",
         operator("a sum over rows that some ranks hold and rows that all hold"),
+    ),
+    Mutant(
+        "rows that some ranks share count once for each", "fastpar/core/regroup.py",
+        "{*seg.axes} == atom.axes and not seg.offsets", "seg.axes and not seg.offsets",
+        (f"{CASES}::test_text_that_several_ranks_have_is_attended_once",),
     ),
     Mutant(
         "a split sum is not marked partial", "fastpar/rules/factor.py",
@@ -209,11 +214,6 @@ MUTANTS = (
         "one block attended twice", "passes/attention_ring.py",
         "self.attend(self.q, self.come[step],", "self.attend(self.q, self.come[step and step - 1],",
         plan("an empty block of keys on a ring"),
-    ),
-    Mutant(
-        "a text that is too short to be split counts once per rank of a ring", "passes/attention_ring.py",
-        "return len(split) == 1 and all(", "return len(split) == 1 and any(",
-        plan("joint attention on a ring, one text token"),
     ),
     Mutant(
         "what is for one peer goes to the one before it", "fastpar/core/transfer.py",
