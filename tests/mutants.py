@@ -103,8 +103,13 @@ MUTANTS = (
     # -- sums
     Mutant(
         "text counted once per rank", "fastpar/core/regroup.py",
-        "seg.axes and not seg.offsets for atom", "not seg.offsets for atom",
+        "{*seg.axes} == atom.axes and not seg.offsets", "not seg.offsets",
         operator("a sum over rows that some ranks hold and rows that all hold"),
+    ),
+    Mutant(
+        "rows that some ranks share count once for each", "fastpar/core/regroup.py",
+        "{*seg.axes} == atom.axes and not seg.offsets", "seg.axes and not seg.offsets",
+        (f"{CASES}::test_text_that_several_ranks_have_is_attended_once",),
     ),
     Mutant(
         "a split sum is not marked partial", "fastpar/rules/factor.py",
@@ -209,6 +214,33 @@ MUTANTS = (
         "one block attended twice", "passes/attention_ring.py",
         "self.attend(self.q, self.come[step],", "self.attend(self.q, self.come[step and step - 1],",
         plan("an empty block of keys on a ring"),
+    ),
+    Mutant(
+        "what is for one peer goes to the one before it", "fastpar/core/transfer.py",
+        "sends = tuple(_boxes(src, dst, mesh, rank, peer) for peer in group)",
+        "sends = tuple(_boxes(src, dst, mesh, rank, peer) for peer in (*group[1:], group[0]))",
+        plan("a mask of rows and keys on a ring"),
+    ),
+    Mutant(
+        "blocks are merged by the larger of their sums", "fastpar/ops/ring.py",
+        "total = torch.logaddexp(lse, block_lse)", "total = torch.maximum(lse, block_lse)",
+        plan("a mask of rows and keys on a ring"),
+    ),
+    Mutant(
+        "what a kernel gives for a row without keys is believed", "fastpar/ops/ring.py",
+        "out = out.masked_fill(blind[..., None], 0.0)", "pass",
+        ("tests/test_kernels.py", "-k", "not_believed"),
+    ),
+    Mutant(
+        "only masks of True and False hide keys", "fastpar/ops/ring.py",
+        "shown = mask if mask.dtype == torch.bool else mask > -math.inf",
+        "shown = mask if mask.dtype == torch.bool else torch.ones_like(mask, dtype=torch.bool)",
+        ("tests/test_kernels.py", "-k", "hidden_blocks"),
+    ),
+    Mutant(
+        "what is proved lies in another order than what was placed", "fastpar/run/build.py",
+        "mesh = mesh_for(plan, program.graph, order)", "mesh = mesh_for(plan, program.graph)",
+        ("tests/test_planner.py", "-k", "places_it"),
     ),
     Mutant(
         "an empty block counts as a key", "fastpar/ops/ring.py",

@@ -18,20 +18,24 @@ def pairs(row: Row) -> set[Pair]:
 
 
 def greedy(
-    rows: Sequence[T], most: int, seed: int = 0, first: Iterable[T] = (), key: Callable[[T], Row] = lambda row: row
+    rows: Sequence[T],
+    most: int,
+    seed: int = 0,
+    first: Iterable[T] = (),
+    covers: Callable[[T], set[Pair]] = pairs,  # type: ignore[assignment]
 ) -> list[T]:
-    """At most ``most`` of ``rows``, each the one with most new pairs; fewer where nothing new is left.
+    """At most ``most`` of ``rows``, each the one that ``covers`` most that is new; fewer where nothing new is left.
 
     ``first`` are taken in any case. Ties are broken by chance, the same for the same ``seed``.
     """
     chosen = list(first)
-    seen: set[Pair] = set().union(*(pairs(key(row)) for row in chosen))
+    seen: set[Pair] = set().union(*map(covers, chosen))
     left = list(rows)
     random.Random(seed).shuffle(left)
     while len(chosen) < most:
-        best = max(left, key=lambda row: len(pairs(key(row)) - seen))
-        if not pairs(key(best)) - seen:
+        best = max(left, key=lambda row: len(covers(row) - seen))
+        if not covers(best) - seen:
             break
         chosen.append(best)
-        seen |= pairs(key(best))
+        seen |= covers(best)
     return chosen

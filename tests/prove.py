@@ -7,7 +7,7 @@ AssertionError, or whatever the compiler raises, with a note that says where on 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,11 +40,11 @@ class Way:
     pipeline: str
 
     @staticmethod
-    def of(plan: str, program: Program) -> Way:
-        """What a plan expands to for this program; the plan's text must round trip."""
+    def of(plan: str, program: Program, order: Sequence[str] = ()) -> Way:
+        """What a plan expands to for this program, its axes in ``order``; the plan's text must round trip."""
         parsed = Plan.parse(plan)
         assert Plan.parse(str(parsed)) == parsed
-        return Way(mesh_for(parsed, program.graph), pipeline_text(parsed))
+        return Way(mesh_for(parsed, program.graph, order), pipeline_text(parsed))
 
 
 @dataclass

@@ -237,6 +237,20 @@ def test_an_attention_on_the_result_of_another_keeps_its_heads() -> None:
     assert joined.collectives.total() < apart.collectives.total()
 
 
+@pytest.mark.parametrize("text", ["2", "2@ring(1,1)"])
+@pytest.mark.parametrize("schedule", ["attention-ring", "attention-torus", "attention-gather", "attention-ulysses"])
+def test_text_that_several_ranks_have_is_attended_once(schedule: str, text: str) -> None:
+    """Keys of which all ranks have the text, or some: whatever goes past all ranks would meet it many times."""
+
+    def function(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return torch.ops.fastpar.attention(q, k, k.cos()), k.sum(-2)
+
+    case = traced(function, [torch.randn(1, 3, n, 2, dtype=torch.float64) for n in (7, 9)])
+    image = "7@ring.sp(2*3,1)"
+    laid = Lay((f"[1, 3, {image}, 2]", f"[1, 3, {text}+{image}, 2]")).spec()
+    assert prove(case, Way(RING_SP, f"{laid},{schedule},cancel,lower"), PASSES).communicates
+
+
 @pytest.mark.parametrize("name", OPERATORS)
 def test_operator(name: str) -> None:
     """Operators as they are, nothing decomposed, on inputs that are laid out as no plan would."""

@@ -227,6 +227,7 @@ def test_the_command_starts_without_torch() -> None:
 def test_inputs_may_be_positional_or_come_from_a_function_of_the_model() -> None:
     assert run("verify", "models:positional", *ULYSSES).startswith("ok")
     assert run("verify", "models:tiny", *ULYSSES, "--inputs", "models:inputs_for").startswith("ok")
+    assert run("verify", "models:tiny", "--plan", "auto", "--ranks", "2", "--topology", "l40-8").startswith("ok")
     assert "positional" in error("verify", "models:positional", *ULYSSES, "--input", "x=float[1,4,6]")
 
 
@@ -307,6 +308,7 @@ def test_a_bad_tensor_is_a_clear_error(text: str) -> None:
     ("args", "said"),
     [
         (("verify", "models:tiny"), "needs the number of ranks"),
+        (("verify", "models:tiny", *ULYSSES, "--topology", "l41-8"), "did you mean 'l40-8'"),
         (("verify", "models:tiny", "--plan", "ulises=2"), "did you mean 'ulysses'"),
         (("verify", "models:tiny", "--plan", "ulysses=2", "--ranks", "3"), "the mesh has 3"),
         (("explain", "models:tiny", "--plan", "gather=2,fp8(g)"), "not implemented yet"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import networkx as nx
 import numpy as np
@@ -236,3 +237,36 @@ def test_axes_are_placed_by_their_links(captured: fastpar.Captured) -> None:
     work = workload(captured.programs[0].program)
     orders = {predict(work, Plan.parse(p), parse(two, "two")).order for p in ("ulysses=2,ring=2", "cfg=2,ulysses=2")}
     assert ("cfg", "ulysses") in orders  # guidance meets once per call: it crosses the slow link
+
+
+@pytest.mark.parametrize("norm", ["layer", "group"])
+def test_norms_which_give_their_statistics_too_are_weighed(norm: str) -> None:
+    """A value of several results weighs as its first one does."""
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        y = torch.nn.functional.layer_norm(x, (12,)) if norm == "layer" else torch.nn.functional.group_norm(x, 3)
+        q = y.unflatten(-1, (3, 4)).transpose(1, 2)
+        return torch.nn.functional.scaled_dot_product_attention(q, q, q).transpose(1, 2).flatten(2)
+
+    captured = fastpar.capture(model, (torch.randn(1, 9, 12).double(),))
+    one = 9 * 12 * 8
+    assert sorted(workload(captured.programs[0].program).activations) == [2 * one, 2 * one]
+    report = fastpar.verify(captured, plan="auto", ranks=3)
+    assert report.ok and report.ranks == 3
+
+
+def test_what_is_verified_lies_as_the_topology_places_it(captured: fastpar.Captured) -> None:
+    """Also the copy in float64, and the plan that ``auto`` chose."""
+    boxes = Path(__file__).parent / "topologies"
+    program = captured.programs[0].program
+    seen = set()
+    for box in ("machines-of-2", "machines-of-3"):
+        topology = str(boxes / f"{box}.toml")
+        built = build(program, "ulysses=2,ring=3", topology=topology)
+        seen.add(built.mesh.names)
+        assert build(program, built.plan, order=built.order).mesh == built.mesh
+        assert fastpar.verify(captured, plan="ulysses=2,ring=3", topology=topology).ok
+        chosen = build(program, "auto", 6, topology=topology)
+        report = fastpar.verify(captured, plan="auto", ranks=6, topology=topology)
+        assert report.ok and report.plan == str(chosen.plan)
+    assert seen == {("ring", "ulysses"), ("ulysses", "ring")}

@@ -24,8 +24,8 @@ Topology = Annotated[
     str | None,
     typer.Option(
         "--topology",
-        help="A preset (h100-8, a100-4x8, l40-8, rtx4090-8, ...) or a TOML file: adds predicted times of this plan "
-        "and of every other one.",
+        help="A preset (h100-8, a100-4x8, l40-8, rtx4090-8, ...) or a TOML file: places the plan's axes by their "
+        "links; explain adds predicted times of this plan and of every other one.",
         show_default=False,
     ),
 ]

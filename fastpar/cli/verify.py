@@ -17,6 +17,7 @@ from fastpar.cli.options import (
     PlanText,
     Ranks,
     Seed,
+    Topology,
 )
 
 
@@ -29,6 +30,7 @@ def verify(
     input: Input = None,
     dtype: Dtype = None,
     passes: Passes = None,
+    topology: Topology = None,
     component: Component = None,
     seed: Seed = 0,
     json: JsonFile = None,
@@ -49,7 +51,7 @@ def verify(
     loaded = load(model, inputs, input or (), dtype, seed, component=component)
     if fake_mode_of(loaded.model, loaded.inputs) is not None:
         raise OptionError("verify runs the model, and this one is on fake tensors; explain can plan it")
-    report = run(captured(loaded), plan=plan, ranks=ranks, passes=passes)
+    report = run(captured(loaded), plan=plan, ranks=ranks, passes=passes, topology=topology)
     if json is None or str(json) != "-":
         show_verdict(report)
     if json is not None:

@@ -139,7 +139,6 @@ def cat_dims(dims: Sequence[Dim]) -> Dim | None:
 
 
 def disjoint(dim: Dim) -> bool:
-    """True where no row of a split dimension is held twice: no whole segment beside a split one, no windows."""
-    return dim.is_whole or all(
-        seg.axes and not seg.offsets for atom in dim.atoms if not atom.whole for seg in atom.segs
-    )
+    """True where no row of a split dimension is held twice: no segment that is whole, or split over fewer axes,
+    beside a split one, and no windows."""
+    return all({*seg.axes} == atom.axes and not seg.offsets for atom in dim.atoms for seg in atom.segs)

@@ -38,6 +38,7 @@ class Built:
     pipeline: Pipeline
     notes: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)  # per pass, without the verifier
+    order: tuple[str, ...] = ()  # of the plan's axes on the devices; empty for the plan's own
     choice: Choice | None = None  # the plans that were weighed, where there was a topology to weigh them by
 
     @property
@@ -102,15 +103,20 @@ def build(
     topology: str | None = None,
     lowering: str = "inductor",
     hold: bool = False,
+    order: tuple[str, ...] | None = None,
 ) -> Built:
     """Run the plan's pipeline (or ``passes``) on a captured program.
 
     ``passes`` may refine the plan's pipeline but not contradict it: it must contain the
     attention pass that the plan asks for. ``topology`` (a preset's name or a file) places the plan's
-    axes, and decides what ``auto`` is. ``hold``: ranks are given their parts of weights.
+    axes, and decides what ``auto`` is; ``order`` is that of axes which were placed before. ``hold``: ranks are given
+    their parts of weights.
     Raises PlanError, OptionError, CheckError.
     """
-    plan, order, choice, notes = planned(program, plan, ranks, topology, lowering)
+    if order is None:
+        plan, order, choice, notes = planned(program, plan, ranks, topology, lowering)
+    else:
+        plan, choice, notes = resolve(plan, ranks), None, []
     expected = Pipeline.parse(pipeline_text(plan), PASSES)
     pipeline = expected if passes is None else Pipeline.parse(passes, PASSES)
     if passes is not None:
@@ -135,7 +141,7 @@ def build(
     start.mesh, start.plan = mesh, plan
     lowered = pipeline.run(start, ctx, callbacks(each))
     notes += [n for n in lowered.notes if n not in notes]
-    return Built(program, lowered, mesh, plan, pipeline, notes, seconds, choice)
+    return Built(program, lowered, mesh, plan, pipeline, notes, seconds, order, choice)
 
 
 def _agrees(pipeline: Pipeline, expected: Pipeline, plan: Plan) -> None:

@@ -45,13 +45,15 @@ def verify(
     plan: Plan | str = "auto",
     ranks: int | None = None,
     passes: str | None = None,
+    topology: str | None = None,
 ) -> Report:
     """Prove that the N ranks' programs of ``model`` together compute what eager computes.
 
     ``model`` is a module or function with ``inputs`` (a dict, a tuple, or a callable giving one),
-    or a ``Captured``, so that one capture serves many plans. Returns a Report whose ``ok`` says
-    whether every output of every rank is within tolerance and the same bits on all ranks; given a
-    model, also whether the captured graphs give what the model itself gives.
+    or a ``Captured``, so that one capture serves many plans. With ``topology`` (a preset's name or a
+    TOML file) the plan's axes lie as they would there. Returns a Report whose ``ok`` says whether
+    every output of every rank is within tolerance and the same bits on all ranks; given a model,
+    also whether the captured graphs give what the model itself gives.
     """
     if isinstance(model, Captured):
         captured, strayed = model, None
@@ -60,7 +62,7 @@ def verify(
     report = None
     double = _in_double(captured)
     for recorded in captured.programs:
-        built = build(recorded.program, plan, ranks, passes)
+        built = build(recorded.program, plan, ranks, passes, topology=topology)
         part = _explained(built)
         _compare(built, recorded, part, ranks, passes, double)
         report = part if report is None else _join(report, part)
@@ -286,7 +288,7 @@ def _compare(
     with torch.no_grad():
         if double:
             report.notes += [n for n in promoted.notes if n not in report.notes]
-            built = build(promoted, built.plan, ranks, passes)
+            built = build(promoted, built.plan, ranks, passes, order=built.order)
             eager, args = exact, exact_args
         else:
             eager = tuple(program.gm(*args))

@@ -17,7 +17,15 @@ def read(path: Path) -> Any:
 
 def write(path: Path, ledger: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(ledger, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(_text(ledger) + "\n", encoding="utf-8")
+
+
+def _text(value: Any, depth: int = 0) -> str:
+    """JSON with a line for every plan of every case, so that a change shows as the lines that it changes."""
+    if not isinstance(value, dict) or depth == 4:
+        return json.dumps(value, ensure_ascii=False)
+    lines = [f"{' ' * (depth + 1)}{json.dumps(k, ensure_ascii=False)}: {_text(v, depth + 1)}" for k, v in value.items()]
+    return "{\n" + ",\n".join(lines) + "\n" + " " * depth + "}"
 
 
 def fallbacks(cases: Cases, like: Cases | None = None) -> int:
