@@ -145,6 +145,13 @@ def test_predicted_bytes_are_counted_bytes(captured: fastpar.Captured, plan: str
     assert found.collectives == sum(c.count for c in report.collectives)
 
 
+def test_of_several_results_the_first_one_counts() -> None:
+    """A norm also returns statistics. Its traffic was once the product of the results themselves."""
+    norm = torch.nn.LayerNorm(8)
+    found = workload(fastpar.capture(norm, (torch.randn(3, 8),)).programs[0].program)
+    assert found.activations.tolist() == [2 * 3 * 8 * 4] and found.peak >= 3 * 8 * 4
+
+
 # -- the clock ------------------------------------------------------------------------------------
 
 
