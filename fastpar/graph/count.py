@@ -6,7 +6,9 @@ Bytes are the payload that leaves a rank for others; copies to itself do not cou
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import math
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -146,15 +148,32 @@ def node_bytes(node: fx.Node, mesh: Mesh) -> tuple[str, str, list[int]] | None:
 def bytes_across(program: Program, axes: tuple[str, ...], why: str | None = None) -> list[int]:
     """Bytes that every rank sends to ranks with another coordinate along ``axes`` (to other machines, say).
 
-    ``why`` takes exchanges of one purpose only (``attention``). Of an all-reduce, which is a reduce-scatter and an
-    all-gather, each other rank of its group gets two n-ths.
+    ``why`` takes exchanges of one purpose only (``attention``).
     """
     mesh: Mesh = program.mesh
-    totals = [0] * mesh.ranks
+    totals = [0.0] * mesh.ranks
+    for rank, peer, size in _messages(program, why):
+        if mesh.coordinate(rank, axes) != mesh.coordinate(peer, axes):
+            totals[rank] += size
+    return [math.ceil(t) for t in totals]
 
-    def across(a: int, b: int) -> bool:
-        return mesh.coordinate(a, axes) != mesh.coordinate(b, axes)
 
+def bytes_crossing(program: Program, span: int) -> list[int]:
+    """Bytes that leave each block of ``span`` neighbouring ranks (the devices of a machine, say) for other blocks."""
+    totals = [0.0] * -(-program.mesh.ranks // span)
+    for rank, peer, size in _messages(program):
+        if rank // span != peer // span:
+            totals[rank // span] += size
+    return [math.ceil(t) for t in totals]
+
+
+def _messages(program: Program, why: str | None = None) -> Iterator[tuple[int, int, float]]:
+    """(from, to, bytes) of all collectives of a lowered program; those that are alike are looked at once.
+
+    Of an all-reduce, which is a reduce-scatter and an all-gather, each other rank of its group gets two n-ths.
+    """
+    mesh: Mesh = program.mesh
+    alike: Counter[tuple[Layout, Layout | tuple[str, ...], int]] = Counter()
     for node in program.graph.nodes:
         if why is not None and node.meta.get("why") != why:
             continue
@@ -162,16 +181,21 @@ def bytes_across(program: Program, axes: tuple[str, ...], why: str | None = None
             several = node.target is all_to_all
             for x, *texts in zip(*(node.args if several else ([a] for a in node.args)), strict=True):  # type: ignore[misc]
                 src, dst = (Layout.parse(str(t)) for t in texts)
-                for rank in range(mesh.ranks):
-                    t = transfer(src, dst, mesh, rank)
-                    sent = sum(n for peer, n in zip(t.group, t.send_splits, strict=True) if across(rank, peer))
-                    totals[rank] += sent * x.meta["val"].element_size()
+                alike[src, dst, x.meta["val"].element_size()] += 1
         elif node.target is all_reduce:
-            for rank in range(mesh.ranks):
-                group = mesh.group(rank, tuple(str(node.args[2]).split(".")))
-                share = 2 * _numel(node.meta["layout"], mesh, rank) * node.meta["val"].element_size()
-                totals[rank] += -(-share * sum(across(rank, peer) for peer in group) // len(group))
-    return totals
+            axes = tuple(str(node.args[2]).split("."))
+            alike[node.meta["layout"], axes, node.meta["val"].element_size()] += 1
+    for (src, to, itemsize), count in alike.items():
+        for rank in range(mesh.ranks):
+            if isinstance(to, tuple):
+                group = mesh.group(rank, to)
+                share = 2 * count * itemsize * _numel(src, mesh, rank) / len(group)
+                yield from ((rank, peer, share) for peer in group if peer != rank)
+            else:
+                t = transfer(src, to, mesh, rank)
+                for peer, elements in zip(t.group, t.send_splits, strict=True):
+                    if peer != rank and elements:
+                        yield rank, peer, float(count * itemsize * elements)
 
 
 def _numel(layout: Layout, mesh: Mesh, rank: int) -> int:

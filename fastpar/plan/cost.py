@@ -101,3 +101,9 @@ def terms(plan: Plan) -> tuple[str, ...]:
         if getattr(plan, name):
             found += TERMS["torus,ring"] if name == "ring" and plan.torus else TERMS[name]
     return found
+
+
+def spaces(plan: Plan) -> tuple[str, ...]:
+    """Entries of ``COLLECTIVES`` and ``MEMORY`` that a plan's attention adds up from: a torus counts its rings."""
+    found = tuple(name for name in ("ulysses", "gather", "torus") if getattr(plan, name))
+    return (*found, "ring") if plan.ring and not plan.torus else found

@@ -16,10 +16,9 @@ import numpy as np
 import torch
 from torch import fx
 
-from fastpar.core.mesh import Mesh
 from fastpar.graph.count import carrying, node_flops
 from fastpar.graph.program import Program
-from fastpar.graph.roofline import local_shape, node_bytes, reads
+from fastpar.graph.roofline import node_bytes, reads
 from fastpar.rules import Call
 from fastpar.sharding.candidates import find, find_batch, is_attention
 
@@ -88,8 +87,8 @@ def workload(program: Program) -> Workload:
             continue
         cost = node_flops(node, _shape)
         operands = set(node.all_input_nodes)
-        weights = sum(_bytes(n) for n in operands & static)
-        moved = sum(_bytes(n) for n in operands - static) + _bytes(node)
+        weights = sum(node_bytes(n, _shape(n)) for n in operands & static)
+        moved = sum(node_bytes(n, _shape(n)) for n in operands - static) + node_bytes(node, _shape(node))
         columns.append((cost, moved, weights, node in carriers))
         if is_attention(node):
             attentions[_attention(node, marks, chosen)] += 1
@@ -102,8 +101,8 @@ def workload(program: Program) -> Workload:
         weights=np.array(weights_, dtype=np.float64),
         carries=np.array(carries, dtype=bool),
         launches=launches,
-        outputs=sum(_bytes(n) for n in set(graph.output_node().all_input_nodes)),
-        parameters=sum(_bytes(n) for n, kind in kinds.items() if kind in ("parameter", "buffer")),
+        outputs=sum(node_bytes(n, _shape(n)) for n in set(graph.output_node().all_input_nodes)),
+        parameters=sum(node_bytes(n, _shape(n)) for n, kind in kinds.items() if kind in ("parameter", "buffer")),
         peak=_peak(graph, set(kinds)),
         rows=candidates[0].rows if candidates else 1,
         batch=batch.seeds[0].pos.size if batch is not None else 1,
@@ -131,13 +130,11 @@ def joined(several: Sequence[Workload]) -> Workload:
 
 
 def _shape(node: fx.Node) -> Any:
+    """Shape of a value (of the first of several, as a norm with its statistics); what is no tensor, as it is."""
     value = node.meta.get("val")
+    if isinstance(value, (tuple, list)) and value:
+        value = value[0]
     return tuple(int(s) for s in value.shape) if isinstance(value, torch.Tensor) else value
-
-
-def _bytes(node: fx.Node) -> int:
-    """Of the whole value; of the first of several (a norm's result, whose statistics are small)."""
-    return node_bytes(node, local_shape(node, Mesh(), 0))
 
 
 def _attention(node: fx.Node, marks: dict[fx.Node, set[int]], chosen: set[fx.Node]) -> Attention:
@@ -188,11 +185,11 @@ def _peak(graph: fx.Graph, inputs: set[fx.Node]) -> int:
     now = most = 0
     for node in graph.nodes:
         if node.op == "call_function" and not _views(node):
-            now += _bytes(node)
+            now += node_bytes(node, _shape(node))
             most = max(most, now)
         for gone in ends.get(node, ()):
             if gone not in inputs and gone.op == "call_function" and not _views(gone):
-                now -= _bytes(gone)
+                now -= node_bytes(gone, _shape(gone))
     return most
 
 

@@ -42,6 +42,19 @@ class PlanRow:
     reason: str
 
 
+@dataclass(frozen=True)
+class LinkRow:
+    """One class of links of a topology: ``bytes`` that leave the busiest member (``ranks`` neighbouring ranks: a
+    device, a machine) over its link per call, counted, and by the plan's closed form; ``axes`` of the mesh whose
+    exchanges cross it and go no further out."""
+
+    name: str
+    ranks: int
+    bytes: int
+    formula: int
+    axes: list[str]
+
+
 @dataclass
 class Report:
     """Result of ``verify`` (all fields) or ``explain`` (those that need no run).
@@ -52,8 +65,9 @@ class Report:
     seconds that products and reductions take on a roofline, communication not counted. Of several graphs
     they are those of all together, weighted by ``eager_flops`` and ``eager_time`` (eager's FLOPs, and its
     seconds on the roofline). Bytes are per step (one call of the model) and leave a rank for others;
-    ``bytes_per_rank`` is the largest rank's, ``bytes_formula`` the plan's closed form. With a topology,
-    ``predicted`` has the seconds of this plan's program on the virtual clock (in all, computing, communicating,
+    ``bytes_per_rank`` is the largest rank's, ``bytes_formula`` the plan's closed form (``formula``, with the values of its
+    symbols in ``symbols``), ``collectives_formula`` the number of collectives by it. With a topology, ``links`` has
+    what crosses each class of links, ``predicted`` has the seconds of this plan's program on the virtual clock (in all, computing, communicating,
     exposed) and ``plans`` every plan that was weighed.
     """
 
@@ -77,9 +91,12 @@ class Report:
     bytes_per_rank: int = 0
     bytes_formula: int = 0
     formula: str = ""
+    symbols: list[dict[str, int]] = field(default_factory=list)
+    collectives_formula: int = 0
     notes: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     topology: str = ""
+    links: list[LinkRow] = field(default_factory=list)
     predicted: dict[str, float] = field(default_factory=dict)
     plans: list[PlanRow] = field(default_factory=list)
 
