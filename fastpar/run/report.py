@@ -65,10 +65,10 @@ class Report:
     seconds that products and reductions take on a roofline, communication not counted. Of several graphs
     they are those of all together, weighted by ``eager_flops`` and ``eager_time`` (eager's FLOPs, and its
     seconds on the roofline). Bytes are per step (one call of the model) and leave a rank for others;
-    ``bytes_per_rank`` is the largest rank's, ``bytes_formula`` the plan's closed form (``formula``, with the values of its
-    symbols in ``symbols``), ``collectives_formula`` the number of collectives by it. With a topology, ``links`` has
-    what crosses each class of links, ``predicted`` has the seconds of this plan's program on the virtual clock (in all, computing, communicating,
-    exposed) and ``plans`` every plan that was weighed.
+    ``bytes_per_rank`` is the largest rank's, ``bytes_formula`` the plan's closed form: ``formula``, with what its
+    symbols stand for in ``symbols``. ``collectives_formula`` is the number of collectives by it. With a topology,
+    ``links`` has what crosses each class of links, ``predicted`` the seconds of this plan's program on the virtual
+    clock (in all, computing, communicating, exposed), and ``plans`` every plan that was weighed.
     """
 
     plan: str

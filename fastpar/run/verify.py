@@ -280,7 +280,8 @@ def _join(a: Report, b: Report) -> Report:
     a.symbols += b.symbols
     a.collectives_formula += b.collectives_formula
     a.links = [
-        replace(x, bytes=x.bytes + y.bytes, formula=x.formula + y.formula) for x, y in zip(a.links, b.links, strict=True)
+        replace(x, bytes=x.bytes + y.bytes, formula=x.formula + y.formula)
+        for x, y in zip(a.links, b.links, strict=True)
     ]
     a.notes += [n for n in b.notes if n not in a.notes]
     a.seconds = {k: a.seconds.get(k, 0) + b.seconds.get(k, 0) for k in {*a.seconds, *b.seconds}}
