@@ -102,7 +102,8 @@ def show(r: dict[str, Any]) -> None:
     print(
         f"{r['model']:18} {r['batch']} {r['plan']:20}{r['bytes'] / 1e6:>12.1f} MB{r['ratio']:>9.4f}"
         f"{r['collectives']:>6}{r['collectives_formula']:>6}"
-        f"{r['bytes_between_machines'] / 1e6:>12.1f} MB{r['ratio_between_machines']:>9.4f}{r['seconds']:>7.1f} s  {said}",
+        f"{r['bytes_between_machines'] / 1e6:>12.1f} MB{r['ratio_between_machines']:>9.4f}"
+        f"{r['seconds']:>7.1f} s  {said}",
         flush=True,
     )
 

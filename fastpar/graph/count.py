@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,36 +61,44 @@ def flops(program: Program) -> list[int]:
         return [sum(node_flops(n, _shape) for n in program.graph.nodes if n.op == "call_function")]
     mesh: Mesh = program.mesh
     totals = [0] * mesh.ranks
-    nodes = [
-        n for n in program.graph.nodes
-        if n.op == "call_function" and getattr(n.target, "overloadpacket", None) in flop_registry
-    ]  # fmt: skip
-    cache: dict[Any, int] = {}
-    for node in nodes:
-        layouts = [node.meta["layout"], *(n.meta.get("layout") for n in node.all_input_nodes)]
-        for rank in range(mesh.ranks):
+    known: dict[Hashable, list[int]] = {}
+    for node in program.graph.nodes:
+        if node.op != "call_function" or getattr(node.target, "overloadpacket", None) not in flop_registry:
+            continue
+        key = likeness(node)
+        if key not in known:
+            known[key] = []
+            for rank in range(mesh.ranks):
 
-            def local(n: fx.Node, rank: int = rank) -> Any:
-                layout = n.meta.get("layout")
-                return layout.local_shape(mesh, rank) if isinstance(layout, Layout) else _shape(n)
+                def local(n: fx.Node, rank: int = rank) -> Any:
+                    layout = n.meta.get("layout")
+                    return layout.local_shape(mesh, rank) if isinstance(layout, Layout) else _shape(n)
 
-            key = (node.target, *(x.local_shape(mesh, rank) if isinstance(x, Layout) else None for x in layouts))
-            if _plain(node):
-                if key not in cache:
-                    cache[key] = node_flops(node, local)
-                totals[rank] += cache[key]
-            else:
-                totals[rank] += node_flops(node, local)
+                known[key].append(node_flops(node, local))
+        totals = [a + b for a, b in zip(totals, known[key], strict=True)]
     return totals
 
 
-def _plain(node: fx.Node) -> bool:
-    """Operands and result alone decide the FLOPs (a convolution's stride and groups do not show there)."""
-    return node.target in (
-        torch.ops.aten.mm.default,
-        torch.ops.aten.addmm.default,
-        torch.ops.aten.bmm.default,
-    )
+def likeness(node: fx.Node) -> Hashable:
+    """Equal for nodes that cost the same on every rank: the same operator on values of the same layouts and dtypes.
+
+    A model's blocks are alike, and there are many ranks: what they cost is worked out once.
+    """
+    values: list[Hashable] = [_kind(node)]
+
+    def mark(operand: fx.Node) -> Any:
+        values.append(_kind(operand))
+        return f"%{len(values)}"
+
+    text = str(fx.map_arg((node.args, node.kwargs), mark))
+    return node.target, text, tuple(values)
+
+
+def _kind(node: fx.Node) -> Hashable:
+    value, layout = node.meta.get("val"), node.meta.get("layout")
+    if isinstance(value, (tuple, list)):
+        value, layout = (value[0] if value else None), tuple(layout) if isinstance(layout, (tuple, list)) else layout
+    return layout, *((value.dtype, tuple(value.shape)) if isinstance(value, torch.Tensor) else (None, None))
 
 
 def collectives(program: Program) -> list[Collective]:

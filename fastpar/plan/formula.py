@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -61,14 +60,14 @@ class Volume:
 
     @property
     def bytes(self) -> int:
-        return math.ceil(sum(flow.bytes for flow in self.flows))
+        return math.ceil(round(sum(flow.bytes for flow in self.flows), 3))
 
     def crossing(self, mesh: Mesh, span: int) -> int:
         """Bytes that leave the busiest block of ``span`` neighbouring ranks (a machine, say) for other blocks."""
         total = np.zeros(-(-mesh.ranks // span))
         for flow in self.flows:
             total += flow.bytes * _leaving(mesh, flow, span)
-        return math.ceil(total.max())
+        return math.ceil(round(total.max(), 3))  # sums of floats: 248832.00000000003 is not one more
 
 
 def volume(sharded: Program, plan: Plan, mesh: Mesh) -> Volume:
@@ -215,10 +214,3 @@ def _leaving(mesh: Mesh, flow: Flow, span: int) -> np.ndarray:
         if peers:
             out[rank // span] += sum(p // span != rank // span for p in peers) / len(peers)
     return out
-
-
-def legend(values: dict[str, Any]) -> Iterator[str]:
-    """``values`` of a form as one reads them: ``57 attentions: Q = 14,155,776, ...``."""
-    what = "attention" if "Q" in values else "product cut by rows" if "S" in values else "output"
-    yield f"{values['count']} {what}{'s' * (values['count'] != 1)} of {values['itemsize']}-byte elements"
-    yield from (f"{name} = {value:,}" for name, value in values.items() if name not in ("count", "itemsize"))

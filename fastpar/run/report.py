@@ -32,7 +32,8 @@ class FallbackReport:
 @dataclass(frozen=True)
 class PlanRow:
     """One plan that the planner weighed: predicted milliseconds per call (None where it is invalid), of which
-    communication that is not hidden, bytes that leave the busiest rank, gigabytes of memory, and why."""
+    communication that is not hidden, bytes that leave the busiest rank, gigabytes of memory, and why; and of each
+    axis the outermost link that it crosses."""
 
     plan: str
     milliseconds: float | None
@@ -40,6 +41,7 @@ class PlanRow:
     bytes: int | None
     gigabytes: float | None
     reason: str
+    links: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,9 @@ from fastpar.graph.count import Collective, attainable, bytes_crossing, bytes_pe
 from fastpar.graph.program import Program, source_line, target_name
 from fastpar.plan import clock
 from fastpar.plan.formula import Volume, dealt_bytes, volume
+from fastpar.plan.predict import predict
 from fastpar.plan.topology import Topology
+from fastpar.plan.workload import workload
 from fastpar.run.build import Built, build
 from fastpar.run.compare import (
     FLOAT64_TOLERANCE,
@@ -175,9 +177,9 @@ def _explained(built: Built) -> Report:
         formula=form.text,
         symbols=form.values,
         collectives_formula=form.collectives,
-        notes=list(map(str, built.notes)),
         seconds=dict(built.seconds),
         **_timed(built, form),
+        notes=list(map(str, built.notes)),
     )
 
 
@@ -190,24 +192,35 @@ def _dealt(built: Built) -> list[Collective]:
     return [Collective("broadcast", built.dealt, sent // deal, len(built.captured.outputs), "", "output")]
 
 
+CLOCKED = 150_000
+"""Operators, of all ranks together, that the clock may walk: about a minute. Else the planner's prediction is told."""
+
+
 def _timed(built: Built, form: Volume) -> dict[str, Any]:
     """Fields of the report that need a topology."""
     if built.choice is None:
         return {}
     box = built.choice.topology
-    line = clock.run([built.localise(r) for r in range(built.mesh.ranks)], box)
     deal = built.mesh.size((built.dealt,)) if built.dealt else 1
+    parts = ("seconds", "compute", "communication", "exposed")
+    if built.mesh.ranks * built.lowered.num_nodes > CLOCKED:
+        found = predict(workload(built.captured), built.plan, box)
+        predicted = {k: getattr(found, k) for k in parts}
+        built.notes.append(f"predicted by the closed forms: the clock would have to walk {built.mesh.ranks} programs "
+                           f"of {built.lowered.num_nodes:,} operators")  # fmt: skip
+    else:
+        line = clock.run([built.localise(r) for r in range(built.mesh.ranks)], box)
+        predicted = {k: getattr(line, k) / deal for k in parts}
     rows = [
-        PlanRow(v.plan, 1e3 * p.seconds, 1e3 * p.exposed, int(p.bytes), p.memory / 1e9, v.reason)
+        PlanRow(v.plan, 1e3 * p.seconds, 1e3 * p.exposed, int(p.bytes), p.memory / 1e9, v.reason, p.links)
         if (p := v.prediction) is not None
         else PlanRow(v.plan, None, None, None, None, v.reason)
         for v in built.choice.verdicts
     ]
-    parts = ("seconds", "compute", "communication", "exposed")
     return {
         "topology": box.name,
         "links": _links(built, form, box),
-        "predicted": {k: getattr(line, k) / deal for k in parts},
+        "predicted": predicted,
         "plans": rows,
     }
 
