@@ -19,6 +19,7 @@ from fastpar.plan.topology import Device, Level, Topology, load, parse, presets
 from fastpar.plan.workload import Attention, Workload, workload
 from fastpar.run.build import build
 from tests.test_cfg import Block, inputs
+from tests.test_torus import attention
 
 torch.set_num_threads(1)
 
@@ -141,6 +142,17 @@ def test_predicted_bytes_are_counted_bytes(captured: fastpar.Captured, plan: str
     program = captured.programs[0].program
     report = fastpar.explain(captured, plan=plan)
     found = predict(workload(program), Plan.parse(plan), load("h100-8"))
+    assert found.bytes == pytest.approx(report.bytes_formula, rel=0.01)
+    assert found.collectives == sum(c.count for c in report.collectives)
+
+
+@pytest.mark.parametrize(("ranks", "shares"), [(4, 4), (5, 5), (7, 1), (10, 5), (16, 8)])
+def test_heads_that_do_not_divide_are_predicted_as_they_are_shared_out(ranks: int, shares: int) -> None:
+    """24 heads: five ranks take 5, 5, 5, 5 and 4 of them, seven would be too uneven and share rows."""
+    captured = attention(24, 840)
+    report = fastpar.explain(captured, plan=f"ulysses={ranks}")
+    found = predict(workload(captured.programs[0].program), Plan.parse(f"ulysses={ranks}"), load("a100-4x8"))
+    assert cost.head_share(ranks, 24) == shares == report.symbols[0]["u"]
     assert found.bytes == pytest.approx(report.bytes_formula, rel=0.01)
     assert found.collectives == sum(c.count for c in report.collectives)
 
