@@ -9,6 +9,7 @@ from pathlib import Path
 COMMANDS = {
     "real_size": ["benchmarks.real_size", "--depths"],
     "plans": ["benchmarks.plans"],
+    "exact_bytes": ["benchmarks.exact_bytes"],
     "verify_speed": ["benchmarks.verify_speed"],
 }
 

@@ -47,9 +47,12 @@ class AttentionUlysses(Pass):
             heads, spent = self._rewrite(node, axes, mesh)
             if spent != axes:
                 ranks = mesh.size(axes) // mesh.size(spent)
+                why = "heads do not divide over the ranks, and work should"
+                if heads % mesh.size(axes) == 0:  # of two ranks, say
+                    why = "that sends no more, in fewer exchanges"
                 note = (
                     f"attention with {heads} heads: {mesh.size(spent)} shares of heads x {ranks} of query rows, whose "
-                    "keys and values are gathered (heads do not divide over the ranks, and work should)"
+                    f"keys and values are gathered ({why})"
                 )
                 if note not in ctx.notes:
                     ctx.notes.append(note)

@@ -21,6 +21,7 @@ from fastpar.plan.topology import Device, Level, Topology, load, parse, presets
 from fastpar.plan.workload import Attention, Workload, workload
 from fastpar.run.build import build
 from tests.test_cfg import Block, inputs
+from tests.test_torus import attention
 
 torch.set_num_threads(1)
 
@@ -145,6 +146,25 @@ def test_predicted_bytes_are_counted_bytes(captured: fastpar.Captured, plan: str
     found = predict(workload(program), Plan.parse(plan), load("h100-8"))
     assert found.bytes == pytest.approx(report.bytes_formula, rel=0.01)
     assert found.collectives == sum(c.count for c in report.collectives)
+
+
+@pytest.mark.parametrize(("ranks", "shares"), [(4, 4), (5, 5), (7, 1), (10, 5), (16, 8)])
+def test_heads_that_do_not_divide_are_predicted_as_they_are_shared_out(ranks: int, shares: int) -> None:
+    """24 heads: five ranks take 5, 5, 5, 5 and 4 of them, seven would be too uneven and share rows."""
+    captured = attention(24, 840)
+    written = pipeline_text(Plan.parse(f"ulysses={ranks}"), schedule=False)
+    report = fastpar.explain(captured, plan=f"ulysses={ranks}", passes=written)
+    found = predict(workload(captured.programs[0].program), Plan.parse(f"ulysses={ranks}"), load("a100-4x8"))
+    assert cost.head_share(ranks, 24) == shares == report.symbols[0]["u"]
+    assert found.bytes == pytest.approx(report.bytes_formula, rel=0.01)
+    assert found.collectives == sum(c.count for c in report.collectives)
+
+
+def test_of_several_results_the_first_one_counts() -> None:
+    """A norm also returns statistics. Its traffic was once the product of the results themselves."""
+    norm = torch.nn.LayerNorm(8)
+    found = workload(fastpar.capture(norm, (torch.randn(3, 8),)).programs[0].program)
+    assert found.activations.tolist() == [2 * 3 * 8 * 4] and found.peak >= 3 * 8 * 4
 
 
 # -- the clock ------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,18 +82,22 @@ def show_report(report: Report) -> None:
         f"{report.attainable_share:.4f})",
     )
     head.add_row("time", f"{report.time_share:.4f} of one device's, computing only, on a roofline")
-    head.add_row("bytes", f"{report.bytes_per_rank:,} leave the busiest rank per call")
+    head.add_row("bytes", f"{report.bytes_per_rank:,} ({_size(report.bytes_per_rank)}) leave the busiest rank per call")
     against = f", {report.bytes_per_rank / report.bytes_formula:.3f} times" if report.bytes_formula else ""
     head.add_row("formula", f"{report.bytes_formula:,}{against}: {report.formula}")
+    for values in report.symbols:
+        head.add_row("", _legend(values))
     if report.predicted:
         p = {name: 1e3 * value for name, value in report.predicted.items()}
         head.add_row(
             "predicted",
-            f"{p['seconds']:.3g} ms per call on {report.topology}: {p['compute']:.3g} computing, "
-            f"{p['communication']:.3g} communicating, of which {p['exposed']:.3g} exposed",
+            f"{_ms(p['seconds'])} ms per call on {report.topology}: {_ms(p['compute'])} computing, "
+            f"{_ms(p['communication'])} communicating, of which {_ms(p['exposed'])} exposed",
         )
     out.print(head)
     _plans(out, report)
+    _links(out, report)
+    _orders(out, report)
     _collectives(out, report)
     _replicated(out, report)
     _fallbacks(out, report)
@@ -160,15 +164,81 @@ def _table(*headings: str, title: str = "") -> Table:
 def _plans(out: Console, report: Report) -> None:
     if not report.plans:
         return
-    table = _table("plan", "ms>", "exposed>", "MB sent>", "GB>", "why", title=f"Plans for {report.topology}, predicted")
+    outer = _outermost(report)
+    across = [f"over {outer}"] if outer else []
+    titles = ("plan", "ms>", "of it exposed>", "sent>", "memory>", *across, "why")
+    table = _table(*titles, title=f"Plans for {report.topology}, predicted per call and rank")
+    invalid: dict[str, list[str]] = {}
     for row in report.plans:
         if row.milliseconds is None or row.exposed is None or row.bytes is None or row.gigabytes is None:
-            table.add_row(Text(row.plan), "-", "-", "-", "-", Text(row.reason))
-        else:
-            sent = f"{row.bytes / 1e6:.1f}"
-            cells = (f"{row.milliseconds:.3g}", f"{row.exposed:.3g}", sent, f"{row.gigabytes:.3g}")
-            table.add_row(Text(row.plan), *cells, Text(row.reason))
+            invalid.setdefault(row.reason, []).append(row.plan)
+            continue
+        cells = [_ms(row.milliseconds), _ms(row.exposed), _size(row.bytes), _size(row.gigabytes * 1e9)]
+        if outer:
+            cells.append(", ".join(axis for axis, link in row.links.items() if link == outer) or "nothing")
+        table.add_row(Text(row.plan), *cells, Text(row.reason))
     out.print(table)
+    for reason, plans in invalid.items():
+        out.print(Text(f"not for this call: {'; '.join(plans)}: {reason}"))
+
+
+def _links(out: Console, report: Report) -> None:
+    """What crosses each class of links, where there are several."""
+    if len(report.links) < 2:
+        return
+    table = _table("link", "of each", "axes", "bytes>", "by the formula>", "times>", title="What leaves one end")
+    for x in report.links:
+        of = "device" if x.ranks == 1 else f"{x.ranks} devices"
+        times = f"{x.bytes / x.formula:.3f}" if x.formula else "-"
+        table.add_row(x.name, of, ", ".join(x.axes) or "none", f"{x.bytes:,}", f"{x.formula:,}", times)
+    out.print(table)
+
+
+def _orders(out: Console, report: Report) -> None:
+    """What ``overlap`` weighed, and what stays exposed in the order that it took."""
+    if not report.orders:
+        return
+    table = _table("order", "ms>", "of it exposed>", "collectives>", title="Orders weighed, the first is taken")
+    for o in report.orders:
+        table.add_row(o.order, _ms(o.milliseconds), _ms(o.exposed), str(o.collectives))
+    out.print(table)
+    if not report.exposed:
+        return
+    title = f"{sum(e.count for e in report.exposed)} exchanges stay exposed"
+    table = _table("ms>", "count>", "why", "source line", title=title)
+    for e in report.exposed[:MOST]:
+        table.add_row(_ms(e.milliseconds), str(e.count), e.reason, Text(e.source or "(an input)"))
+    out.print(table)
+    if len(report.exposed) > MOST:
+        out.print(f"and {len(report.exposed) - MOST} lines more")
+
+
+def _legend(values: Mapping[str, int]) -> str:
+    """What a form's symbols stand for, as one reads it: ``57 attentions of 2-byte elements: Q = 14,155,776, ...``."""
+    what = "attention" if "Q" in values else "product cut by rows" if "S" in values else "output"
+    what = what.replace("product", "products") if values["count"] > 1 and "S" in values else what
+    plural = "s" * (values["count"] > 1 and "S" not in values)
+    named = ", ".join(f"{name} = {value:,}" for name, value in values.items() if name not in ("count", "itemsize"))
+    return f"{values['count']} {what}{plural} of {values['itemsize']}-byte elements: {named}"
+
+
+def _outermost(report: Report) -> str:
+    """The outermost link that any plan crosses, if some plans' axes cross others."""
+    names = {link: None for row in report.plans for link in row.links.values()}
+    outer = [x.name for x in report.links if x.name in names]
+    return outer[-1] if len(names) > 1 and outer else ""
+
+
+def _ms(milliseconds: float) -> str:
+    return f"{milliseconds:.3g}" if milliseconds < 1000 else f"{milliseconds:,.0f}"
+
+
+def _size(size: float) -> str:
+    """Bytes in a unit that one reads."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= scale:
+            return f"{size / scale:.1f} {unit}"
+    return f"{size:.0f} B"
 
 
 def _collectives(out: Console, report: Report) -> None:
@@ -176,7 +246,8 @@ def _collectives(out: Console, report: Report) -> None:
         out.print("no collectives: nothing is exchanged")
         return
     count = sum(c.count for c in report.collectives)
-    table = _table("kind", "axis", "bytes>", "count>", "for", "source line", title=f"{count} collectives per call")
+    title = f"{count} collectives per call; by the formula, before messages are joined, {report.collectives_formula}"
+    table = _table("kind", "axis", "bytes>", "count>", "for", "source line", title=title)
     for c in sorted(report.collectives, key=lambda c: -c.bytes):
         table.add_row(c.kind, c.axis, f"{c.bytes:,}", str(c.count), c.why, Text(c.source or "(an input)"))
     out.print(table)

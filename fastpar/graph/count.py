@@ -6,7 +6,8 @@ Bytes are the payload that leaves a rank for others; copies to itself do not cou
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import math
+from collections.abc import Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,36 +60,44 @@ def flops(program: Program) -> list[int]:
         return [sum(node_flops(n, _shape) for n in program.graph.nodes if n.op == "call_function")]
     mesh: Mesh = program.mesh
     totals = [0] * mesh.ranks
-    nodes = [
-        n for n in program.graph.nodes
-        if n.op == "call_function" and getattr(n.target, "overloadpacket", None) in flop_registry
-    ]  # fmt: skip
-    cache: dict[Any, int] = {}
-    for node in nodes:
-        layouts = [node.meta["layout"], *(n.meta.get("layout") for n in node.all_input_nodes)]
-        for rank in range(mesh.ranks):
+    known: dict[Hashable, list[int]] = {}
+    for node in program.graph.nodes:
+        if node.op != "call_function" or getattr(node.target, "overloadpacket", None) not in flop_registry:
+            continue
+        key = likeness(node)
+        if key not in known:
+            known[key] = []
+            for rank in range(mesh.ranks):
 
-            def local(n: fx.Node, rank: int = rank) -> Any:
-                layout = n.meta.get("layout")
-                return layout.local_shape(mesh, rank) if isinstance(layout, Layout) else _shape(n)
+                def local(n: fx.Node, rank: int = rank) -> Any:
+                    layout = n.meta.get("layout")
+                    return layout.local_shape(mesh, rank) if isinstance(layout, Layout) else _shape(n)
 
-            key = (node.target, *(x.local_shape(mesh, rank) if isinstance(x, Layout) else None for x in layouts))
-            if _plain(node):
-                if key not in cache:
-                    cache[key] = node_flops(node, local)
-                totals[rank] += cache[key]
-            else:
-                totals[rank] += node_flops(node, local)
+                known[key].append(node_flops(node, local))
+        totals = [a + b for a, b in zip(totals, known[key], strict=True)]
     return totals
 
 
-def _plain(node: fx.Node) -> bool:
-    """Operands and result alone decide the FLOPs (a convolution's stride and groups do not show there)."""
-    return node.target in (
-        torch.ops.aten.mm.default,
-        torch.ops.aten.addmm.default,
-        torch.ops.aten.bmm.default,
-    )
+def likeness(node: fx.Node) -> Hashable:
+    """Equal for nodes that cost the same on every rank: the same operator on values of the same layouts and dtypes.
+
+    A model's blocks are alike, and there are many ranks: what they cost is worked out once.
+    """
+    values: list[Hashable] = [_kind(node)]
+
+    def mark(operand: fx.Node) -> Any:
+        values.append(_kind(operand))
+        return f"%{len(values)}"
+
+    text = str(fx.map_arg((node.args, node.kwargs), mark))
+    return node.target, text, tuple(values)
+
+
+def _kind(node: fx.Node) -> Hashable:
+    value, layout = node.meta.get("val"), node.meta.get("layout")
+    if isinstance(value, (tuple, list)):
+        value, layout = (value[0] if value else None), tuple(layout) if isinstance(layout, (tuple, list)) else layout
+    return layout, *((value.dtype, tuple(value.shape)) if isinstance(value, torch.Tensor) else (None, None))
 
 
 def collectives(program: Program) -> list[Collective]:
@@ -135,32 +144,57 @@ def node_bytes(node: fx.Node, mesh: Mesh) -> tuple[str, str, list[int]] | None:
 def bytes_across(program: Program, axes: tuple[str, ...], why: str | None = None) -> list[int]:
     """Bytes that every rank sends to ranks with another coordinate along ``axes`` (to other machines, say).
 
-    ``why`` takes exchanges of one purpose only (``attention``). Of an all-reduce, which is a reduce-scatter and an
-    all-gather, each other rank of its group gets two n-ths.
+    ``why`` takes exchanges of one purpose only (``attention``).
     """
     mesh: Mesh = program.mesh
-    totals = [0] * mesh.ranks
+    totals = [0.0] * mesh.ranks
+    for rank, peer, size in _messages(program, why):
+        if mesh.coordinate(rank, axes) != mesh.coordinate(peer, axes):
+            totals[rank] += size
+    return [math.ceil(t) for t in totals]
 
-    def across(a: int, b: int) -> bool:
-        return mesh.coordinate(a, axes) != mesh.coordinate(b, axes)
 
+def bytes_crossing(program: Program, span: int) -> list[int]:
+    """Bytes that leave each block of ``span`` neighbouring ranks (the devices of a machine, say) for other blocks."""
+    totals = [0.0] * -(-program.mesh.ranks // span)
+    for rank, peer, size in _messages(program):
+        if rank // span != peer // span:
+            totals[rank // span] += size
+    return [math.ceil(t) for t in totals]
+
+
+def messages(node: fx.Node, mesh: Mesh) -> Iterator[tuple[int, int, float]]:
+    """(from, to, bytes) of one collective of a lowered program, what ranks keep for themselves included.
+
+    Of an all-reduce, which is a reduce-scatter and an all-gather, each rank of its group gets two n-ths.
+    """
+    axes = axes_of(node, mesh)
+    for x, src, dst in zip(node.args[0], *layouts_of(node), strict=True):  # type: ignore[arg-type]
+        itemsize = x.meta["val"].element_size()  # type: ignore[union-attr]
+        for rank in range(mesh.ranks):
+            if node.target is all_reduce:
+                group = mesh.group(rank, axes)
+                share = 2 * itemsize * _numel(dst, mesh, rank) / len(group)
+                yield from ((rank, peer, share) for peer in group)
+            else:
+                t = transfer(src, dst, mesh, rank, axes)
+                for peer, elements in zip(t.group, t.send_splits, strict=True):
+                    yield rank, peer, float(itemsize * elements)
+
+
+def _messages(program: Program, why: str | None = None) -> Iterator[tuple[int, int, float]]:
+    """Those of all collectives of a program, between different ranks; collectives alike are looked at once."""
+    mesh: Mesh = program.mesh
+    alike: dict[Hashable, list[fx.Node]] = {}
     for node in program.graph.nodes:
-        if why is not None and node.meta.get("why") != why:
-            continue
-        if node.target not in COLLECTIVES:
-            continue
-        for x, src, dst in zip(node.args[0], *layouts_of(node), strict=True):  # type: ignore[arg-type]
-            size = x.meta["val"].element_size()  # type: ignore[union-attr]
-            for rank in range(mesh.ranks):
-                if node.target is all_reduce:
-                    group = mesh.group(rank, axes_of(node, mesh))
-                    share = 2 * _numel(dst, mesh, rank) * size
-                    totals[rank] += -(-share * sum(across(rank, peer) for peer in group) // len(group))
-                else:
-                    t = transfer(src, dst, mesh, rank)
-                    sent = sum(n for peer, n in zip(t.group, t.send_splits, strict=True) if across(rank, peer))
-                    totals[rank] += sent * size
-    return totals
+        if node.target in COLLECTIVES and (why is None or node.meta.get("why") == why):
+            dtypes = tuple(x.meta["val"].dtype for x in node.args[0])
+            key = (node.target, axes_of(node, mesh), *map(tuple, layouts_of(node)), dtypes)
+            alike.setdefault(key, []).append(node)
+    for nodes in alike.values():
+        for rank, peer, size in messages(nodes[0], mesh):
+            if rank != peer and size:
+                yield rank, peer, len(nodes) * size
 
 
 def _numel(layout: Layout, mesh: Mesh, rank: int) -> int:

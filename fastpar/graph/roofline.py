@@ -8,6 +8,7 @@ FLOPs but reads its weights in full. Views are free, pointwise chains are counte
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import fx
 
 from fastpar.core.layout import Layout
 from fastpar.core.mesh import Mesh
-from fastpar.graph.count import node_flops
+from fastpar.graph.count import likeness, node_flops
 from fastpar.graph.program import Program
 from fastpar.rules.table import tensor_operands
 
@@ -42,17 +43,23 @@ def seconds(program: Program) -> list[float]:
     """Seconds of every rank (one entry where the program is still whole)."""
     mesh: Mesh = program.mesh if program.stage != "captured" else Mesh()
     totals = [0.0] * mesh.ranks
+    known: dict[Hashable, list[float]] = {}
     for node in program.graph.nodes:
         if not reads(node):
             continue
-        for rank in range(mesh.ranks):
-
-            def shape(n: fx.Node, rank: int = rank) -> object:
-                return local_shape(n, mesh, rank)
-
-            moved = sum(node_bytes(n, shape(n)) for n in tensor_operands(node)) + node_bytes(node, shape(node))
-            totals[rank] += max(node_flops(node, shape) / PEAK_FLOPS, moved / BANDWIDTH)
+        key = likeness(node)
+        if key not in known:
+            known[key] = [_seconds(node, mesh, rank) for rank in range(mesh.ranks)]
+        totals = [a + b for a, b in zip(totals, known[key], strict=True)]
     return totals
+
+
+def _seconds(node: fx.Node, mesh: Mesh, rank: int) -> float:
+    def shape(n: fx.Node) -> object:
+        return local_shape(n, mesh, rank)
+
+    moved = sum(node_bytes(n, shape(n)) for n in tensor_operands(node)) + node_bytes(node, shape(node))
+    return max(node_flops(node, shape) / PEAK_FLOPS, moved / BANDWIDTH)
 
 
 def local_shape(node: fx.Node, mesh: Mesh, rank: int) -> Any:

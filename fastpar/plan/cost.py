@@ -20,6 +20,7 @@ from typing import Any
 import sympy
 
 from fastpar.core.plan import Plan
+from fastpar.passes.attention_ulysses import UNBALANCED
 
 Q, K, S, E, n, N, u, w, r, t, M, m = sympy.symbols("Q K S E n N u w r t M m", positive=True)
 
@@ -79,8 +80,12 @@ def text(*names: str) -> str:
 
 
 def head_share(degree: int, heads: int) -> int:
-    """How many ranks of a Ulysses axis share out ``heads``; the others share rows (rectangles)."""
-    return math.gcd(degree, heads)
+    """How many ranks of a Ulysses axis share out ``heads``; the others share rows (rectangles).
+
+    As many as leave the busiest about as much work as the mean: five ranks of 24 heads have 5, 5, 5, 5 and 4.
+    """
+    shares = (d for d in range(1, degree + 1) if degree % d == 0)
+    return max(d for d in shares if math.ceil(heads / d) * d <= UNBALANCED * heads)
 
 
 def attention_elements(plan: str, **values: float) -> float:
@@ -101,3 +106,9 @@ def terms(plan: Plan) -> tuple[str, ...]:
         if getattr(plan, name):
             found += TERMS["torus,ring"] if name == "ring" and plan.torus else TERMS[name]
     return found
+
+
+def spaces(plan: Plan) -> tuple[str, ...]:
+    """Entries of ``COLLECTIVES`` and ``MEMORY`` that a plan's attention adds up from: a torus counts its rings."""
+    found = tuple(name for name in ("ulysses", "gather", "torus") if getattr(plan, name))
+    return (*found, "ring") if plan.ring and not plan.torus else found

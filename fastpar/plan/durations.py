@@ -15,10 +15,10 @@ import torch
 from torch import fx
 
 from fastpar.core.mesh import Mesh
-from fastpar.core.transfer import transfer
+from fastpar.graph.count import messages
 from fastpar.graph.roofline import local_shape
 from fastpar.graph.schedule import Task, calls
-from fastpar.ops.collectives import COLLECTIVES, all_reduce, axes_of, layouts_of
+from fastpar.ops.collectives import COLLECTIVES, all_reduce
 from fastpar.plan.clock import seconds
 from fastpar.plan.predict import LINKS, MEMORY
 from fastpar.plan.topology import Topology, detect, load
@@ -64,7 +64,7 @@ class Durations:
         if node.target not in COLLECTIVES:
             took = max(seconds(node, self.mesh, r, device) for r in ranks)
             return Task(compute=took, size=size, view=is_view(node))
-        src, dst, sent = messages(node, self.mesh)
+        src, dst, sent = _arrays(node, self.mesh)
         packed = np.bincount(src, sent, minlength=self.mesh.ranks).max()
         unpacked = np.bincount(dst, sent, minlength=self.mesh.ranks).max()
         if node.target is all_reduce:  # what is reduced is packed once, though it travels twice
@@ -101,21 +101,10 @@ def _dtypes(node: fx.Node) -> tuple[Any, ...]:
     return tuple(getattr(n.meta.get("val"), "dtype", None) for n in node.all_input_nodes)
 
 
-def messages(node: fx.Node, mesh: Mesh) -> Messages:
-    """(from, to, bytes) of a collective in a lowered program, what a rank keeps for itself included."""
-    axes = axes_of(node, mesh)
+def _arrays(node: fx.Node, mesh: Mesh) -> Messages:
+    """Ranks that send, ranks that receive, and bytes, each pair once."""
     totals: dict[tuple[int, int], float] = {}
-    for x, src, dst in zip(node.args[0], *layouts_of(node), strict=True):  # type: ignore[arg-type]
-        itemsize = x.meta["val"].element_size()  # type: ignore[union-attr]
-        for rank in range(mesh.ranks):
-            if node.target is all_reduce:  # a reduce-scatter and an all-gather
-                group = mesh.group(rank, axes)
-                share = 2 * math.prod(dst.local_shape(mesh, rank)) / len(group)
-                sent = [share] * len(group)
-            else:
-                t = transfer(src, dst, mesh, rank, axes)
-                group, sent = t.group, list(t.send_splits)
-            for peer, elements in zip(group, sent, strict=True):
-                totals[rank, peer] = totals.get((rank, peer), 0.0) + elements * itemsize
+    for rank, peer, size in messages(node, mesh):
+        totals[rank, peer] = totals.get((rank, peer), 0.0) + size
     pairs = np.array(list(totals)).reshape(-1, 2)
     return pairs[:, 0], pairs[:, 1], np.array(list(totals.values()))

@@ -1,4 +1,4 @@
-"""Closed forms of a plan's communication volume, to hold the counted bytes against.
+"""Closed forms of a plan's communication, to hold what a program sends against: bytes, links and collectives.
 
 The forms stand in ``cost``. Where N does not divide the rows, the busiest rank sends more than the mean that the forms
 give. Halos of convolutions and sums over ranks are not part of them.
@@ -7,9 +7,11 @@ give. Halos of convolutions and sums over ranks are not part of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import fx
 
@@ -25,45 +27,93 @@ from fastpar.sharding.insert import HEAVY
 
 def dealt_bytes(program: Program, degree: int) -> int:
     """Bytes that leave a rank of the part that runs a dealt call: its results, to each of the others."""
+    return (degree - 1) * sum(v.numel() * v.element_size() for v in _results(program))
+
+
+def _results(program: Program) -> list[torch.Tensor]:
     values = [o.meta["val"] for o in program.outputs if isinstance(o, fx.Node) and o.op != "placeholder"]
-    return (degree - 1) * sum(v.numel() * v.element_size() for v in values if isinstance(v, torch.Tensor))
+    return [v for v in values if isinstance(v, torch.Tensor)]
 
 
 @dataclass(frozen=True)
-class Volume:
-    """Bytes that leave the busiest rank by the plan's closed form, and the form."""
+class Flow:
+    """One kind of exchange, all of a program together: bytes that leave a rank in the mean, the mesh axes among
+    whose ranks they move, and whether each rank sends to the next one only (else to all others alike)."""
 
-    bytes: int
+    bytes: float
+    axes: tuple[str, ...]
+    ring: bool = False
+
+
+@dataclass
+class Volume:
+    """What a plan sends per call by its closed form.
+
+    ``bytes`` leave a rank in the mean, in so many ``collectives``; ``text`` is the form and ``values`` what its
+    symbols stand for, by kind of attention or product (``count`` of which there are, of ``itemsize`` bytes each).
+    """
+
     text: str
+    flows: list[Flow] = field(default_factory=list)
+    collectives: int = 0
+    values: list[dict[str, int]] = field(default_factory=list)
+
+    @property
+    def bytes(self) -> int:
+        return math.ceil(round(sum(flow.bytes for flow in self.flows), 3))
+
+    def crossing(self, mesh: Mesh, span: int) -> int:
+        """Bytes that leave the busiest block of ``span`` neighbouring ranks (a machine, say) for other blocks."""
+        total = np.zeros(-(-mesh.ranks // span))
+        for flow in self.flows:
+            total += flow.bytes * _leaving(mesh, flow, span)
+        return math.ceil(round(total.max(), 3))  # sums of floats: 248832.00000000003 is not one more
 
 
 def volume(sharded: Program, plan: Plan, mesh: Mesh) -> Volume:
-    """The closed form for a lowered program's attentions with split keys, and its outputs.
+    """The closed form for a lowered program's attentions with split keys, its cut products and its outputs.
 
     Of calls that are dealt along an axis a rank runs one in ``deal``, over the other axes, and sends its results.
+    Collectives are those of a call on a rank that runs it.
     """
-    total = 0.0
     dealt = sharded.gm.meta.get("dealt")
     deal = mesh.size((dealt,)) if dealt else 1
     n = mesh.ranks // deal // (plan.tp or 1)
+    out = Volume(_form(plan))
+    kinds: Counter[tuple[tuple[str, int], ...]] = Counter()
     for node in sharded.graph.nodes:
-        if n == 1:
-            break
-        if node.meta.get("split_keys") and node.target in (torch.ops.fastpar.attention.default, attention_lse):
-            total += _attention(node, plan, mesh, deal, cost.terms(plan))
-    for node in sharded.graph.nodes if plan.tp and plan.tp > 1 else ():
-        if _contracts_cut(node):
-            size = node.meta["val"].numel() * node.meta["val"].element_size()
-            shared = mesh.size(mesh.ordered(node.meta["layout"].split_axes))  # ranks that have other rows of it
-            total += cost.number(cost.ELEMENTS["sums of products"])(S=size / shared, t=plan.tp)
-    for node in set(sharded.graph.output_node().all_input_nodes):
-        if n > 1 and node.meta.get("why") == "output" or _from_output(node):
+        if n > 1 and node.meta.get("split_keys") and node.target in _ATTENTION:
+            values, itemsize = _symbols(node, plan, mesh, deal)
+            kinds[(*values.items(), ("itemsize", itemsize))] += 1
+            out.flows += [
+                Flow(cost.elements(name, **values) * itemsize / deal, *_route(name, node, mesh))
+                for name in cost.terms(plan)
+            ]
+            out.collectives += sum(int(cost.number(cost.COLLECTIVES[s])(**values)) for s in cost.spaces(plan))
+        elif plan.tp and plan.tp > 1 and _contracts_cut(node):
             value = node.meta["val"]
-            if isinstance(value, torch.Tensor):
-                total += value.numel() * value.element_size() * (n - 1) / n
+            shared = mesh.size(mesh.ordered(node.meta["layout"].split_axes))  # ranks that have other rows of it
+            size = value.numel() // shared
+            kinds[(("S", size), ("t", plan.tp), ("itemsize", value.element_size()))] += 1
+            sent = cost.elements("sums of products", S=size, t=plan.tp) * value.element_size()
+            out.flows.append(Flow(sent / deal, ("tp",)))
+            out.collectives += 1
+    rows = tuple(a for a in mesh.names if a not in (dealt, "tp"))
+    for node in set(sharded.graph.output_node().all_input_nodes):
+        value = node.meta["val"]
+        if n > 1 and _from_output(node) and isinstance(value, torch.Tensor):
+            kinds[(("E", value.numel()), ("N", n), ("itemsize", value.element_size()))] += 1
+            sent = cost.elements("outputs", E=value.numel(), N=n) * value.element_size()
+            out.flows.append(Flow(sent / deal, rows))
+            out.collectives += 1
     if dealt:
-        total = total / deal + dealt_bytes(sharded, deal) / deal
-    return Volume(math.ceil(total), _form(plan))
+        out.flows.append(Flow(dealt_bytes(sharded, deal) / deal, (dealt,)))
+        out.collectives += len(_results(sharded))
+    out.values = [{"count": count, **dict(kind)} for kind, count in kinds.items()]
+    return out
+
+
+_ATTENTION = (torch.ops.fastpar.attention.default, attention_lse)
 
 
 def _contracts_cut(node: fx.Node) -> bool:
@@ -77,8 +127,12 @@ def between_machines(sharded: Program, plan: Plan, mesh: Mesh) -> int:
 
     All ranks of a machine together: 4 (N-1)/N^2 B L H D elements for N machines whose heads divide (StreamFusion).
     """
-    nodes = [n for n in sharded.graph.nodes if n.meta.get("split_keys") and n.target is attention_lse]
-    return math.ceil(sum(_attention(n, plan, mesh, 1, cost.BETWEEN_MACHINES) for n in nodes))
+    total = 0.0
+    for node in sharded.graph.nodes:
+        if node.meta.get("split_keys") and node.target is attention_lse:
+            values, itemsize = _symbols(node, plan, mesh, 1)
+            total += sum(cost.elements(name, **values) * itemsize for name in cost.BETWEEN_MACHINES)
+    return math.ceil(total)
 
 
 def _form(plan: Plan) -> str:
@@ -91,7 +145,7 @@ def _form(plan: Plan) -> str:
 
 
 def _from_output(node: fx.Node) -> bool:
-    """True where the value's rows were gathered for the output a few local operators earlier."""
+    """True where the value's rows were gathered for the output, or were a few local operators earlier."""
     todo: list[fx.Node] = [node]
     seen: set[fx.Node] = set()
     while todo:
@@ -107,18 +161,56 @@ def _from_output(node: fx.Node) -> bool:
     return False
 
 
-def _attention(node: fx.Node, plan: Plan, mesh: Mesh, deal: int, names: Sequence[str]) -> float:
+def _symbols(node: fx.Node, plan: Plan, mesh: Mesh, deal: int) -> tuple[dict[str, int], int]:
+    """What the symbols of ``cost`` stand for at one attention, and bytes of an element."""
     q, k = (a.meta["val"] for a in node.args[:2])  # type: ignore[union-attr]
-    size = q.element_size()
     cut = plan.tp or 1  # heads that other ranks have the weights of
     n = mesh.ranks // (plan.cfg or 1) // cut
     c = (plan.cfg or 1) // deal * cut  # each half of the batch is attended by its own ranks
-    qs, ks = q.numel() / c, k.numel() / c
     # a rank works on 1/u of the heads; w ranks share those heads and the rows of one step of the ring
+    m, u = (mesh.size(_spent(node, mesh, name)) for name in ("torus", "ulysses"))
+    machines = plan.torus or 1
+    r = (plan.ring or 1) * machines
+    values = dict(Q=q.numel() // c, K=k.numel() // c, n=n, u=u, w=n // (u * r), r=r, M=machines, m=m)
+    return values, q.element_size()
+
+
+def _spent(node: fx.Node, mesh: Mesh, name: str) -> tuple[str, ...]:
+    """Mesh axes, of the plan's axis ``name``, over which the heads of an attention are shared out."""
     layout: Layout = node.args[0].meta["layout"]  # type: ignore[union-attr]
-    spent = layout.dims[-3].axes - {"tp"} if len(layout.dims) > 2 else frozenset()
-    m = mesh.size(mesh.ordered({a for a in spent if axis_of(a) == "torus"}))  # machines that share out heads
-    u = mesh.size(mesh.ordered(spent)) // m
-    M = plan.torus or 1
-    r = (plan.ring or 1) * M
-    return sum(cost.elements(name, Q=qs, K=ks, n=n, u=u, w=n // (u * r), r=r, M=M, m=m) for name in names) * size
+    axes = layout.dims[-3].axes if len(layout.dims) > 2 else frozenset()
+    return mesh.ordered({a for a in axes if axis_of(a) == name})
+
+
+# -- which links ----------------------------------------------------------------------------------
+
+_ROUTES = {
+    "queries and outputs to heads and back": "ulysses",
+    "keys and values to heads": "ulysses",
+    "keys and values round the ring": "ring",
+    "keys and values gathered": "gather",
+    "queries and outputs in stages": "torus",
+    "keys and values in stages": "torus",
+    "keys and values round machines' rings": "ring",
+}
+"""The plan's axis along which elements move."""
+
+
+def _route(name: str, node: fx.Node, mesh: Mesh) -> tuple[tuple[str, ...], bool]:
+    """(mesh axes, whether only to the next rank) of one of an attention's elements."""
+    plan_axis = _ROUTES[name]
+    if name.startswith("queries"):  # only among ranks that take other heads
+        return _spent(node, mesh, plan_axis), False
+    return tuple(a for a in mesh.names if axis_of(a) == plan_axis), plan_axis == "ring"
+
+
+def _leaving(mesh: Mesh, flow: Flow, span: int) -> np.ndarray:
+    """Per block of ``span`` ranks: how many of its ranks' shares of a flow go to other blocks."""
+    out = np.zeros(-(-mesh.ranks // span))
+    for rank in range(mesh.ranks):
+        group = mesh.group(rank, flow.axes)
+        me = group.index(rank)
+        peers: Collection[int] = [group[(me + 1) % len(group)]] if flow.ring else [p for p in group if p != rank]
+        if peers:
+            out[rank // span] += sum(p // span != rank // span for p in peers) / len(peers)
+    return out

@@ -39,9 +39,9 @@ class Choice:
         seconds = won.prediction.seconds if won.prediction else 0.0
         tie = f"; as good by this model: {', '.join(close)}" if close else ""
         if slower and slower[0].prediction and slower[0].prediction.seconds < seconds:
-            tie += f"; one device alone is faster, with {1e3 * slower[0].prediction.seconds:.3g} ms"
+            tie += f"; one device alone is faster, with {_ms(slower[0].prediction.seconds)}"
         return (
-            f"plan auto: {self.plan} for {self.topology.name}, predicted {1e3 * seconds:.3g} ms per call{tie}"
+            f"plan auto: {self.plan} for {self.topology.name}, predicted {_ms(seconds)} per call{tie}"
         )
 
 
@@ -110,7 +110,7 @@ def _plans(work: Workload, ranks: int, topology: Topology) -> list[tuple[Plan, s
 def _won(p: Prediction, limit: float) -> str:
     if p.memory > limit:
         return f"needs least memory, but {_gb(p.memory)} of {_gb(limit)} usable: nothing fits"
-    return f"fastest: {_ms(p.compute)} computing, {_ms(p.exposed)} exposed{_over(p)}"
+    return f"fastest: {_ms(p.compute)} computing, {_ms(p.exposed)} exposed"
 
 
 def _lost(p: Prediction, won: Prediction, limit: float) -> str:
@@ -118,19 +118,14 @@ def _lost(p: Prediction, won: Prediction, limit: float) -> str:
         return f"needs {_gb(p.memory)} of {_gb(limit)} usable"
     ratio = p.seconds / won.seconds
     if abs(ratio - 1) <= TIE:
-        return f"tie within {TIE:.0%}: {_ms(p.exposed)} exposed{_over(p)}"
+        return f"tie within {TIE:.0%}: {_ms(p.exposed)} exposed"
     if p.exposed - won.exposed > p.compute - won.compute:
-        return f"{ratio:.2f}x: {_ms(p.exposed)} of communication exposed{_over(p)}, against {_ms(won.exposed)}"
+        return f"{ratio:.2f}x: {_ms(p.exposed)} of communication exposed, against {_ms(won.exposed)}"
     return f"{ratio:.2f}x: {_ms(p.compute)} computing, against {_ms(won.compute)}"
 
 
-def _over(p: Prediction) -> str:
-    links = ", ".join(f"{axis} over {link}" for axis, link in p.links.items())
-    return f" ({links})" if links else ""
-
-
 def _ms(seconds: float) -> str:
-    return f"{1e3 * seconds:.3g} ms"
+    return f"{1e3 * seconds:.3g} ms" if seconds < 1 else f"{1e3 * seconds:,.0f} ms"
 
 
 def _gb(size: float) -> str:

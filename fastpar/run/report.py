@@ -32,7 +32,8 @@ class FallbackReport:
 @dataclass(frozen=True)
 class PlanRow:
     """One plan that the planner weighed: predicted milliseconds per call (None where it is invalid), of which
-    communication that is not hidden, bytes that leave the busiest rank, gigabytes of memory, and why."""
+    communication that is not hidden, bytes that leave the busiest rank, gigabytes of memory, and why; and of each
+    axis the outermost link that it crosses."""
 
     plan: str
     milliseconds: float | None
@@ -40,6 +41,20 @@ class PlanRow:
     bytes: int | None
     gigabytes: float | None
     reason: str
+    links: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LinkRow:
+    """One class of links of a topology: ``bytes`` that leave the busiest member (``ranks`` neighbouring ranks: a
+    device, a machine) over its link per call, counted, and by the plan's closed form; ``axes`` of the mesh whose
+    exchanges cross it and go no further out."""
+
+    name: str
+    ranks: int
+    bytes: int
+    formula: int
+    axes: list[str]
 
 
 @dataclass(frozen=True)
@@ -72,10 +87,12 @@ class Report:
     seconds that products and reductions take on a roofline, communication not counted. Of several graphs
     they are those of all together, weighted by ``eager_flops`` and ``eager_time`` (eager's FLOPs, and its
     seconds on the roofline). Bytes are per step (one call of the model) and leave a rank for others;
-    ``bytes_per_rank`` is the largest rank's, ``bytes_formula`` the plan's closed form. With a topology,
-    ``predicted`` has the seconds of this plan's program on the virtual clock (in all, computing, communicating,
-    exposed) and ``plans`` every plan that was weighed. ``orders`` are those that ``overlap`` weighed, the one
-    that it took first; ``exposed`` what nothing hides in it.
+    ``bytes_per_rank`` is the largest rank's, ``bytes_formula`` the plan's closed form: ``formula``, with what its
+    symbols stand for in ``symbols``. ``collectives_formula`` is the number of collectives by it, before
+    messages are joined. With a topology,
+    ``links`` has what crosses each class of links, ``predicted`` the seconds of this plan's program on the virtual
+    clock (in all, computing, communicating, exposed), and ``plans`` every plan that was weighed.
+    ``orders`` are those that ``overlap`` weighed, the one that it took first; ``exposed`` what nothing hides in it.
     """
 
     plan: str
@@ -98,9 +115,12 @@ class Report:
     bytes_per_rank: int = 0
     bytes_formula: int = 0
     formula: str = ""
+    symbols: list[dict[str, int]] = field(default_factory=list)
+    collectives_formula: int = 0
     notes: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     topology: str = ""
+    links: list[LinkRow] = field(default_factory=list)
     predicted: dict[str, float] = field(default_factory=dict)
     plans: list[PlanRow] = field(default_factory=list)
     orders: list[OrderRow] = field(default_factory=list)

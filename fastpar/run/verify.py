@@ -22,10 +22,13 @@ from fastpar.core.plan import Plan
 from fastpar.graph import roofline
 from fastpar.graph.capture import Captured, Inputs, Recorded, call_arguments, capture, compile_fx
 from fastpar.graph.check import check_order
-from fastpar.graph.count import Collective, attainable, bytes_per_rank, collectives, flops, node_flops
+from fastpar.graph.count import Collective, attainable, bytes_crossing, bytes_per_rank, collectives, flops, node_flops
 from fastpar.graph.program import Program, source_line, target_name
 from fastpar.plan import clock
-from fastpar.plan.formula import dealt_bytes, volume
+from fastpar.plan.formula import Volume, dealt_bytes, volume
+from fastpar.plan.predict import predict
+from fastpar.plan.topology import Topology
+from fastpar.plan.workload import workload
 from fastpar.run.build import Built, build
 from fastpar.run.compare import (
     FLOAT64_TOLERANCE,
@@ -35,7 +38,7 @@ from fastpar.run.compare import (
     same_bits,
 )
 from fastpar.run.diverge import first_difference
-from fastpar.run.report import ExposedRow, FallbackReport, OrderRow, PlanRow, Replicated, Report
+from fastpar.run.report import ExposedRow, FallbackReport, LinkRow, OrderRow, PlanRow, Replicated, Report
 from fastpar.sharding.candidates import find, find_batch
 
 
@@ -174,10 +177,12 @@ def _explained(built: Built) -> Report:
         bytes_per_rank=max(bytes_per_rank(built.lowered)) // deal + sum(c.bytes for c in _dealt(built)),
         bytes_formula=form.bytes,
         formula=form.text,
-        notes=list(map(str, built.notes)),
+        symbols=form.values,
+        collectives_formula=form.collectives,
         seconds=dict(built.seconds),
-        **_timed(built),
+        **_timed(built, form),
         **_ordered(built),
+        notes=list(map(str, built.notes)),
     )
 
 
@@ -190,21 +195,54 @@ def _dealt(built: Built) -> list[Collective]:
     return [Collective("broadcast", built.dealt, sent // deal, len(built.captured.outputs), "", "output")]
 
 
-def _timed(built: Built) -> dict[str, Any]:
+CLOCKED = 150_000
+"""Operators, of all ranks together, that the clock may walk: about a minute. Else the planner's prediction is told."""
+
+
+def _timed(built: Built, form: Volume) -> dict[str, Any]:
     """Fields of the report that need a topology."""
     if built.choice is None:
         return {}
     box = built.choice.topology
-    line = clock.run([built.localise(r) for r in range(built.mesh.ranks)], box)
     deal = built.mesh.size((built.dealt,)) if built.dealt else 1
+    parts = ("seconds", "compute", "communication", "exposed")
+    if built.mesh.ranks * built.lowered.num_nodes > CLOCKED:
+        found = predict(workload(built.captured), built.plan, box)
+        predicted = {k: getattr(found, k) for k in parts}
+        built.notes.append(f"predicted by the closed forms: the clock would have to walk {built.mesh.ranks} programs "
+                           f"of {built.lowered.num_nodes:,} operators")  # fmt: skip
+    else:
+        line = clock.run([built.localise(r) for r in range(built.mesh.ranks)], box)
+        predicted = {k: getattr(line, k) / deal for k in parts}
     rows = [
-        PlanRow(v.plan, 1e3 * p.seconds, 1e3 * p.exposed, int(p.bytes), p.memory / 1e9, v.reason)
+        PlanRow(v.plan, 1e3 * p.seconds, 1e3 * p.exposed, int(p.bytes), p.memory / 1e9, v.reason, p.links)
         if (p := v.prediction) is not None
         else PlanRow(v.plan, None, None, None, None, v.reason)
         for v in built.choice.verdicts
     ]
-    parts = ("seconds", "compute", "communication", "exposed")
-    return {"topology": box.name, "predicted": {k: getattr(line, k) / deal for k in parts}, "plans": rows}
+    return {
+        "topology": box.name,
+        "links": _links(built, form, box),
+        "predicted": predicted,
+        "plans": rows,
+    }
+
+
+def _links(built: Built, form: Volume, box: Topology) -> list[LinkRow]:
+    """What crosses each class of links that more than one rank has; the mean over calls where these are dealt."""
+    mesh = built.mesh
+    deal = mesh.size((built.dealt,)) if built.dealt else 1
+    joined = {a: box.link(mesh.group(0, (a,))) for a in mesh.names}
+    rows = []
+    for level, span in zip(box.levels, box.spans(), strict=True):
+        if mesh.ranks <= span:
+            break
+        # results of dealt calls are sent by the runtime: no node of the program does
+        results = Volume("", [f for f in form.flows if f.axes == (built.dealt,)]).crossing(mesh, span)
+        sent = max(bytes_crossing(built.lowered, span)) // deal + results
+        axes = [a for a in mesh.names if joined[a] == level.name]
+        rows.append(LinkRow(level.name, span, sent, form.crossing(mesh, span), axes))
+    return rows
 
 
 def _ordered(built: Built) -> dict[str, Any]:
@@ -266,6 +304,12 @@ def _join(a: Report, b: Report) -> Report:
     a.collectives += b.collectives
     a.bytes_per_rank += b.bytes_per_rank
     a.bytes_formula += b.bytes_formula
+    a.symbols += b.symbols
+    a.collectives_formula += b.collectives_formula
+    a.links = [
+        replace(x, bytes=x.bytes + y.bytes, formula=x.formula + y.formula)
+        for x, y in zip(a.links, b.links, strict=True)
+    ]
     a.notes += [n for n in b.notes if n not in a.notes]
     a.seconds = {k: a.seconds.get(k, 0) + b.seconds.get(k, 0) for k in {*a.seconds, *b.seconds}}
     return a
