@@ -17,6 +17,8 @@ import pytest
 import torch
 
 import fastpar
+from fastpar.core.plan import Plan
+from fastpar.plan.expand import pipeline_text
 from fastpar.run.build import build
 from fastpar.sharding.candidates import is_attention
 from tests.pairwise import Pair, greedy, pairs
@@ -217,10 +219,11 @@ def test_a_topology_decides_which_axis_joins_neighbours() -> None:
 # -- the collectives that a model should have ---------------------------------------------------
 
 
-def count(c: Capture, plan: str) -> dict[str, int]:
-    """Collectives per step by what they are for."""
+def count(c: Capture, plan: str, pack: bool = False) -> dict[str, int]:
+    """Collectives per step by what they are for, as written; or with those of one place in one."""
     out: dict[str, int] = {}
-    for collective in fastpar.explain(captured(c), plan=plan).collectives:
+    passes = pipeline_text(Plan.parse(plan), schedule=False) + ",pack" * pack
+    for collective in fastpar.explain(captured(c), plan=plan, passes=passes).collectives:
         out[collective.why] = out.get(collective.why, 0) + collective.count
     return out
 
@@ -237,7 +240,9 @@ def cross_attention_needs_none(c: Capture) -> None:
     attentions = lengths(c)
     assert attentions.count((77, 77)) == attentions.count((77, c.text)) == 2
     assert count(c, "ulysses=3") == {"attention": 4 * 2, "output": 1}
+    assert count(c, "ulysses=3", pack=True) == {"attention": 2 * 2, "output": 1}
     assert count(c, "gather=4") == {"attention": 2 * 2, "output": 1}
+    assert count(c, "gather=4", pack=True) == {"attention": 2, "output": 1}
 
 
 def one_of_space_and_time_needs_none(c: Capture) -> None:
@@ -256,8 +261,9 @@ def one_of_space_and_time_needs_none(c: Capture) -> None:
 def flux_sends_what_the_formula_says(c: Capture) -> None:
     report = fastpar.explain(captured(c), plan="ulysses=3")
     assert lengths(c) == [(453, 453)] * 4
-    counts = {(x.kind, x.why): x.count for x in report.collectives}
-    assert counts == {("all_to_all", "attention"): 4 * 4, ("all_gather", "output"): 1}
+    assert count(c, "ulysses=3") == {"attention": 4 * 4, "output": 1}
+    assert count(c, "ulysses=3", pack=True) == {"attention": 4 * 2, "output": 1}
+    assert {(x.kind, x.why) for x in report.collectives} == {("all_to_all", "attention"), ("all_gather", "output")}
     assert report.fallbacks == []
     assert report.bytes_formula <= report.bytes_per_rank <= 1.05 * report.bytes_formula
 

@@ -56,9 +56,10 @@ class Durations:
 
     def _measure(self, node: fx.Node) -> Task:
         device = self.topology.device
-        shares: dict[Any, int] = {}  # ranks with other shapes than those before them
+        shares: dict[str, int] = {}  # ranks with other shapes than those before them; as text, for symbols have no hash
         for rank in range(self.mesh.ranks):
-            shares.setdefault(tuple(local_shape(n, self.mesh, rank) for n in (node, *node.all_input_nodes)), rank)
+            shapes = [local_shape(n, self.mesh, rank) for n in (node, *node.all_input_nodes)]
+            shares.setdefault(str(shapes), rank)
         ranks = list(shares.values())
         size = max(self._bytes(node, r) for r in ranks)
         if node.target not in COLLECTIVES:
