@@ -62,6 +62,12 @@ def _naive() -> type[Pass]:
     return Naive
 
 
+def _quantize() -> type[Pass]:
+    from fastpar.passes.quantize import Quantize
+
+    return Quantize
+
+
 def _shard() -> type[Pass]:
     from fastpar.passes.shard import Shard
 
@@ -76,6 +82,7 @@ PASSES: dict[str, Callable[[], type[Pass]]] = {
     "attention-ring": _attention_ring,
     "naive": _naive,
     "cancel": _cancel,
+    "quantize": _quantize,
     "lower": _lower,
     "hold": _hold,
     "localise": _localise,

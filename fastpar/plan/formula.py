@@ -84,7 +84,9 @@ def between_machines(sharded: Program, plan: Plan, mesh: Mesh) -> int:
 def _form(plan: Plan) -> str:
     """The plan's closed form as text, in the symbols of ``cost``."""
     terms = cost.terms(plan)
-    out = [f"sum over attentions of {cost.text(*terms)}"] if terms else []
+    out = [f"sum over attentions of {cost.text(*terms, fp8=plan.fp8)}"] if terms else []
+    if terms and {*plan.fp8} & {*"qkvo"}:
+        out[0] += " (f = (D + 4)/(b*D), rows of D numbers of b bytes)"
     if plan.tp and plan.tp > 1:
         out.append(f"sum over pairs of products of {cost.text('sums of products')}")
     return ", plus ".join([*out, f"outputs {cost.text('outputs')}"])
@@ -113,7 +115,8 @@ def _attention(node: fx.Node, plan: Plan, mesh: Mesh, deal: int, names: Sequence
     cut = plan.tp or 1  # heads that other ranks have the weights of
     n = mesh.ranks // (plan.cfg or 1) // cut
     c = (plan.cfg or 1) // deal * cut  # each half of the batch is attended by its own ranks
-    qs, ks = q.numel() / c, k.numel() / c
+    of_q, of_k = cost.shares(plan.fp8, int(q.shape[-1]), size)
+    qs, ks = of_q * q.numel() / c, of_k * k.numel() / c
     # a rank works on 1/u of the heads; w ranks share those heads and the rows of one step of the ring
     layout: Layout = node.args[0].meta["layout"]  # type: ignore[union-attr]
     spent = layout.dims[-3].axes - {"tp"} if len(layout.dims) > 2 else frozenset()
