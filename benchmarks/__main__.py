@@ -10,6 +10,7 @@ COMMANDS = {
     "real_size": ["benchmarks.real_size", "--depths"],
     "plans": ["benchmarks.plans"],
     "verify_speed": ["benchmarks.verify_speed"],
+    "quality": ["benchmarks.quality"],
 }
 
 

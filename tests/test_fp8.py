@@ -28,6 +28,7 @@ from fastpar.plan.workload import workload
 from fastpar.run.build import build
 from fastpar.run.rounded import rounded
 from tests.test_cfg import Block, inputs
+from tests.test_replicas import torchrun
 
 torch.set_num_threads(1)
 
@@ -399,3 +400,20 @@ def test_ranks_start_the_same_collectives() -> None:
     for plan in PLANS:
         built = build(attention().programs[0].program, f"{plan},fp8(qkvo)")
         check_order([built.localise(r) for r in range(built.mesh.ranks)])
+
+
+# -- processes --------------------------------------------------------------------------------------
+
+
+@pytest.mark.distributed
+def test_real_processes() -> None:
+    """Over gloo, which knows no 8-bit floats: every rank has the bits of one device's rounding, and of each other."""
+    plans = ["ulysses=2,fp8(qvo)", "ring=2,fp8(qvo)", "torus=2,fp8(qkvo)", "gather=2,fp8(v)"]
+    assert torchrun(*plans, script="tests.scripts.rounded", ranks=2).count("off by") == 2 * len(plans)
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_real_processes_on_two_axes_and_inductor() -> None:
+    plans = ["ulysses=2,ring=2,fp8(qvo)", "cfg=2,ulysses=2,fp8(qkvo)", "ulysses=4,fp8(qvo):inductor"]
+    assert torchrun(*plans, script="tests.scripts.rounded", ranks=4).count("off by") == 4 * len(plans)

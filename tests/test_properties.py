@@ -16,9 +16,11 @@ import pytest
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
+from fastpar.core.errors import PlanError
 from fastpar.core.mesh import Mesh
 from fastpar.passes.attention_torus import AttentionTorus
 from fastpar.passes.attention_ulysses import AttentionUlysses
+from fastpar.passes.quantize import Quantize
 from fastpar.passes.shard import Shard
 from tests.programs import Recipe, build, recipes
 from tests.prove import Seen, Statistics, Way, prove
@@ -82,6 +84,19 @@ def _with_plan(recipe: Recipe, plan: str) -> Seen:
     return prove(case, Way.of(plan, case.program))
 
 
+def _rounding(recipe: Recipe, plan: str, letters: str) -> Seen:
+    """The plan with ``letters`` rounded; where nothing of them travels it must say so."""
+    case = build(recipe)
+    plan = plan.replace("cfg=2,", "") if recipe.batch == 1 else plan
+    exact = Way.of(plan, case.program)
+    way = Way(exact.mesh, exact.pipeline.replace(",lower", f",{Quantize(letters).spec()},lower"))
+    try:
+        return prove(case, way)
+    except PlanError as error:
+        assert "would round nothing" in str(error)
+        return Seen(ranks=way.mesh.ranks)
+
+
 def _run(cases: int, check: Callable[..., Seen], *strategies: st.SearchStrategy) -> Statistics:
     """``cases`` random cases through ``check``; their statistics.
 
@@ -119,6 +134,18 @@ def _scattered(recipe: Recipe, way: Way) -> Seen:
 
 def test_meshes_of_several_axes_are_exact_after_every_pass() -> None:
     _run(20, _by_hand, recipes(), ways()).demand()
+
+
+LETTERS = st.sampled_from(("qvo", "kv", "qkvo", "qkvog", "qkvogh"))
+
+
+def test_plans_that_round_compute_one_function() -> None:
+    _run(12, _rounding, recipes(), plans(), LETTERS).demand(0.5, 0.2)
+
+
+@pytest.mark.slow
+def test_plans_that_round_on_many_programs() -> None:
+    _run(200, _rounding, recipes(6), plans(), LETTERS).demand(0.5, 0.2)
 
 
 @pytest.mark.slow
