@@ -11,6 +11,7 @@ COMMANDS = {
     "plans": ["benchmarks.plans"],
     "exact_bytes": ["benchmarks.exact_bytes"],
     "verify_speed": ["benchmarks.verify_speed"],
+    "quality": ["benchmarks.quality"],
 }
 
 

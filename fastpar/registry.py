@@ -74,6 +74,12 @@ def _pack() -> type[Pass]:
     return Pack
 
 
+def _quantize() -> type[Pass]:
+    from fastpar.passes.quantize import Quantize
+
+    return Quantize
+
+
 def _shard() -> type[Pass]:
     from fastpar.passes.shard import Shard
 
@@ -88,6 +94,7 @@ PASSES: dict[str, Callable[[], type[Pass]]] = {
     "attention-ring": _attention_ring,
     "naive": _naive,
     "cancel": _cancel,
+    "quantize": _quantize,
     "lower": _lower,
     "pack": _pack,
     "overlap": _overlap,

@@ -17,6 +17,7 @@ machine are left to ``attention-ring``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -29,7 +30,7 @@ from fastpar.graph.program import Program
 from fastpar.ops.join import join
 from fastpar.passes.attention_gather import split_keys
 from fastpar.passes.attention_ring import rotated, turns
-from fastpar.passes.attention_ulysses import rectangles
+from fastpar.passes.attention_ulysses import rectangles, travelling
 from fastpar.rules.attention import kv_head_dim
 from fastpar.sharding.blockwise import Blockwise, Pair
 
@@ -53,7 +54,7 @@ class AttentionTorus(Pass):
             if mesh.size(axes) == 1:
                 continue
             with program.graph.inserting_before(node):
-                torus = _Torus(node, axes, mesh)
+                torus = _Torus(node, axes, mesh, travelling(node, ctx))
                 node.replace_all_uses_with(torus.write())
             program.graph.erase_node(node)
             self._tell(torus, ctx)
@@ -74,7 +75,7 @@ class AttentionTorus(Pass):
 
 
 class _Torus(Blockwise):
-    def __init__(self, node: fx.Node, axes: tuple[str, ...], mesh: Mesh) -> None:
+    def __init__(self, node: fx.Node, axes: tuple[str, ...], mesh: Mesh, weights: Sequence[float]) -> None:
         super().__init__(node)
         self.mesh, self.axes = mesh, axes
         self.stages = mesh.size(axes)
@@ -89,7 +90,7 @@ class _Torus(Blockwise):
             self.to(x, want) for x, want in zip((self.q, self.k, self.v), layouts, strict=True)
         )
         self.out = _with_rows(self.layout, self.rows)
-        options = rectangles(layouts, self.out, axes, mesh)
+        options = rectangles(layouts, self.out, axes, mesh, weights)
         few = [o for o in options if o.sent <= ABOUT * min(o.sent for o in options)]
         best = max(few, key=lambda o: mesh.size(o.spent))
         self.spent, self.heads = best.spent, best.out.dims[:-2]

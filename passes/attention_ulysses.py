@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,6 +20,7 @@ from fastpar.core.mesh import Mesh
 from fastpar.core.transfer import elements_sent
 from fastpar.graph.pipeline import Pass, PassContext
 from fastpar.graph.program import Program
+from fastpar.ops.quantize import row_bytes
 from fastpar.passes.attention_gather import split_keys
 from fastpar.rules.attention import kv_head_dim, mask_layout
 from fastpar.sharding.rewrite import redistributed
@@ -44,7 +46,7 @@ class AttentionUlysses(Pass):
         for node in split_keys(program.graph):
             split = mesh.ordered(node.args[1].meta["layout"].dims[-2].axes)  # type: ignore[union-attr]
             axes = tuple(a for a in split if not self.axes or a.rstrip("0123456789") in self.axes)
-            heads, spent = self._rewrite(node, axes, mesh)
+            heads, spent = self._rewrite(node, axes, mesh, travelling(node, ctx))
             if spent != axes:
                 ranks = mesh.size(axes) // mesh.size(spent)
                 why = "heads do not divide over the ranks, and work should"
@@ -59,11 +61,13 @@ class AttentionUlysses(Pass):
         program.gm.recompile()
         return program
 
-    def _rewrite(self, node: fx.Node, axes: tuple[str, ...], mesh: Mesh) -> tuple[int, tuple[str, ...]]:
+    def _rewrite(
+        self, node: fx.Node, axes: tuple[str, ...], mesh: Mesh, weights: Sequence[float]
+    ) -> tuple[int, tuple[str, ...]]:
         """Returns the number of heads and the axes that were spent on them."""
         layouts: list[Layout] = [x.meta["layout"] for x in node.args[:3]]  # type: ignore[union-attr]
         result: Layout = node.meta["layout"]
-        best = min(rectangles(layouts, result, axes, mesh), key=lambda o: (o.sent, o.work))
+        best = min(rectangles(layouts, result, axes, mesh, weights), key=lambda o: (o.sent, o.work))
         wants, out, spent = best.wants, best.out, best.spent
         args = list(node.args)
         for i, want in enumerate(wants):
@@ -87,26 +91,43 @@ class AttentionUlysses(Pass):
 class Rectangle:
     """One way to share out an attention: heads over the axes ``spent``, query rows over the others.
 
-    ``work`` of the busiest rank, elements that it sends (a ring that follows included), layouts that q, k and v
-    have then, and the result.
+    ``work`` of the busiest rank, elements that it sends (a ring that follows included, those of quantized tensors
+    as the share that they are), layouts that q, k and v have then, and the result.
     """
 
     work: float
-    sent: int
+    sent: float
     wants: list[Layout]
     out: Layout
     spent: tuple[str, ...]
 
 
-def rectangles(layouts: list[Layout], result: Layout, axes: tuple[str, ...], mesh: Mesh) -> list[Rectangle]:
+ALL = (1.0, 1.0, 1.0, 1.0)
+
+
+def travelling(node: fx.Node, ctx: PassContext) -> tuple[float, ...]:
+    """The bytes that travel of an attention's q, k, v and output, over those that they have: less than 1 where the
+    plan has them quantized."""
+    fp8 = getattr(ctx.plan, "fp8", "")
+    size = node.meta["val"].element_size()
+    widths = [int(x.meta["val"].shape[-1]) for x in (*node.args[:3], node)]  # type: ignore[union-attr]
+    return tuple(
+        row_bytes(width, size, letter in fp8) / (width * size) if width else 1.0
+        for letter, width in zip("qkvo", widths, strict=True)
+    )
+
+
+def rectangles(
+    layouts: list[Layout], result: Layout, axes: tuple[str, ...], mesh: Mesh, weights: Sequence[float] = ALL
+) -> list[Rectangle]:
     """Ways to share out an attention over ``axes``, those in which the busiest rank has about the least work.
 
-    ``layouts`` are those of q, k and v.
+    ``layouts`` are those of q, k and v, ``weights`` what an element of q, k, v and the output counts when it is sent.
     """
     found = []
     for count in range(len(axes) + 1):
         for spent in itertools.combinations(axes, count):
-            option = _rectangle(layouts, result, axes, spent, mesh)
+            option = _rectangle(layouts, result, axes, spent, mesh, weights)
             if option is not None:
                 found.append(option)
     least = min(option.work for option in found)
@@ -114,7 +135,12 @@ def rectangles(layouts: list[Layout], result: Layout, axes: tuple[str, ...], mes
 
 
 def _rectangle(
-    layouts: list[Layout], result: Layout, axes: tuple[str, ...], spent: tuple[str, ...], mesh: Mesh
+    layouts: list[Layout],
+    result: Layout,
+    axes: tuple[str, ...],
+    spent: tuple[str, ...],
+    mesh: Mesh,
+    weights: Sequence[float],
 ) -> Rectangle | None:
     """None with too few heads."""
     lead = len(result.dims) - 2
@@ -140,12 +166,14 @@ def _rectangle(
         kv = tuple(kv_head_dim(d, s) for d, s in zip(heads[len(heads) - len(shape) :], shape, strict=True))
         wants.append(Layout((*kv, without_axes(x.dims[-2], axes, mesh), x.dims[-1])))
     work = max(math.prod(out.local_shape(mesh, r)[:-1]) for r in range(mesh.ranks))
-    sent = [0] * mesh.ranks
-    for src, dst in [*zip(layouts[:3], wants, strict=True), (out, result)]:
-        sent = [a + b for a, b in zip(sent, elements_sent(src, dst, mesh), strict=True)]
-    for want in wants[1:]:  # what is left to a ring makes all but one of its steps with this share of the heads
+    sent = [0.0] * mesh.ranks
+    moves = [*zip(layouts[:3], wants, strict=True), (out, result)]
+    for (src, dst), weight in zip(moves, weights, strict=True):
+        sent = [a + weight * b for a, b in zip(sent, elements_sent(src, dst, mesh), strict=True)]
+    # what is left to a ring makes all but one of its steps with this share of the heads
+    for want, weight in zip(wants[1:], weights[1:3], strict=True):
         steps = mesh.size(mesh.ordered(want.dims[-2].axes)) - 1
-        sent = [a + steps * math.prod(want.local_shape(mesh, r)) for r, a in enumerate(sent)]
+        sent = [a + weight * steps * math.prod(want.local_shape(mesh, r)) for r, a in enumerate(sent)]
     return Rectangle(float(work), max(sent), wants, out, spent)
 
 

@@ -27,6 +27,7 @@ from fastpar.ops.collectives import (
     all_reduce,
     all_to_all,
     axes_of,
+    dtypes_of,
     encode,
     layouts_of,
     local,
@@ -139,18 +140,18 @@ class _Writer:
         return self._emit(node, torch.ops.aten.cat.default, (pieces, dim))
 
     def all_to_all(self, node: fx.Node) -> _Started:
-        exchange = Exchange(*layouts_of(node), self.mesh, self.rank)
+        exchange = Exchange(*layouts_of(node), self.mesh, self.rank, dtypes_of(node))
         buffer = self._emit(node, pack, (self._map(node.args[0]), exchange.send_boxes))
         args = (buffer, exchange.receive_splits, exchange.send_splits, self._group(exchange.axes))
         started = self._emit(node, _C10D.all_to_all_single.default, args)
-        return _Started(self, node, started, exchange.shapes, exchange.receive_boxes)
+        return _Started(self, node, started, exchange)
 
     def all_gather(self, node: fx.Node) -> _Started:
-        exchange = Exchange(*layouts_of(node), self.mesh, self.rank)
+        exchange = Exchange(*layouts_of(node), self.mesh, self.rank, dtypes_of(node))
         buffer = self._emit(node, pack, (self._map(node.args[0]), exchange.send_boxes_to(0)))
         args = (buffer, len(exchange.group), self._group(exchange.axes))
         started = self._emit(node, _C10D.all_gather_into_tensor.default, args)
-        return _Started(self, node, started, exchange.shapes, exchange.receive_boxes)
+        return _Started(self, node, started, exchange)
 
     def all_reduce(self, node: fx.Node) -> _Started:
         shapes = [layout.local_shape(self.mesh, self.rank) for layout in layouts_of(node)[1]]
@@ -158,7 +159,16 @@ class _Writer:
         buffer = self._emit(node, pack, (self._map(node.args[0]), boxes))
         args = (buffer, node.args[1], self._group(axes_of(node, self.mesh)))
         started = self._emit(node, _C10D.all_reduce.default, args)
-        return _Started(self, node, started, [n for s in shapes for n in (len(s), *s)], boxes)
+        return _Started(self, node, started, _Sums([n for s in shapes for n in (len(s), *s)], boxes))
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """How values that were summed lie in their buffer: as an ``Exchange`` says it of what it exchanged."""
+
+    shapes: list[int]
+    receive_boxes: list[int]
+    dtypes: tuple[torch.dtype, ...] = ()
 
 
 @dataclass
@@ -171,15 +181,15 @@ class _Started:
     writer: _Writer
     node: fx.Node
     started: fx.Node
-    shapes: list[int]
-    boxes: list[int]
+    exchange: Exchange | _Sums
     parts: list[fx.Node] | None = None
 
     def finish(self) -> list[fx.Node]:
         if self.parts is None:
             emit = self.writer._emit
             buffer = emit(self.node, _C10D.wait_tensor.default, (self.started,))
-            done = emit(self.node, unpack, (buffer, self.shapes, self.boxes))
+            x = self.exchange
+            done = emit(self.node, unpack, (buffer, x.shapes, x.receive_boxes, *([x.dtypes] if x.dtypes else [])))
             count = len(self.node.args[0])  # type: ignore[arg-type]
             self.parts = [emit(self.node, getitem, (done, i)) for i in range(count)]
             for i, part in enumerate(self.parts):  # of an exchange of several values, each has its own

@@ -16,7 +16,7 @@ from torch import fx
 from fastpar.core.mesh import Mesh
 from fastpar.graph.pipeline import Pass, PassContext
 from fastpar.graph.program import Program
-from fastpar.ops.collectives import COLLECTIVES, all_reduce, axes_of
+from fastpar.ops.collectives import COLLECTIVES, all_reduce, axes_of, dtypes_of
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,9 @@ def _ready(node: fx.Node, place: dict[fx.Node, int]) -> int:
 
 
 def _kind(node: fx.Node, mesh: Mesh) -> tuple[Any, ...]:
-    """What collectives must have in common to be one: kind, ranks, dtype, and what they reduce by."""
-    dtypes = {x.meta["val"].dtype for x in node.args[0]}  # type: ignore[union-attr]
-    return node.target, axes_of(node, mesh), *dtypes, node.args[1] if node.target is all_reduce else ""
+    """What collectives must have in common to be one: kind and ranks; of sums also the dtype, and what they sum by."""
+    sums = (node.args[1], *dtypes_of(node)[:1]) if node.target is all_reduce else ()
+    return node.target, axes_of(node, mesh), *sums
 
 
 def _first_use(node: fx.Node, place: dict[fx.Node, int]) -> int:

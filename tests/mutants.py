@@ -55,6 +55,10 @@ def tp(words: str) -> tuple[str, ...]:
     return ("tests/test_tp.py", "-k", words)
 
 
+def fp8(words: str) -> tuple[str, ...]:
+    return ("tests/test_fp8.py", "-k", words)
+
+
 MUTANTS = (
     # -- which rows a rank has
     Mutant(
@@ -363,6 +367,35 @@ MUTANTS = (
         "a wait ends when the exchange starts", "fastpar/plan/clock.py",
         "ends[k][m] = ranks[m].free = begin + lasts[k]", "ends[k][m] = ranks[m].free = begin",
         ("tests/test_planner.py", "-k", "prediction_agree"),
+    ),
+    # -- what travels in 8 bits
+    Mutant(
+        "fp8: the receiver's scale", "fastpar/ops/quantize.py", "scale.view(torch.float32).to(wide)",
+        "scale.view(torch.float32).to(wide).flatten()[0]", fp8("magnitudes or format"),
+    ),
+    Mutant(
+        "fp8: the scale is not sent", "fastpar/ops/quantize.py", "torch.cat([codes, scale.view",
+        "torch.cat([codes, torch.ones_like(scale).view", fp8("magnitudes or format"),
+    ),
+    Mutant(
+        "fp8: infinity arrives as the largest number", "fastpar/ops/quantize.py",
+        "units.masked_fill(~torch.isfinite(x), torch.nan)", "units", fp8("not_finite"),
+    ),
+    Mutant(
+        "fp8: a scale is not counted", "fastpar/ops/quantize.py", "return min(width + SCALE_BYTES,",
+        "return min(width,", fp8("formula"),
+    ),
+    Mutant(
+        "fp8: K as well, although not asked for", "passes/quantize.py",
+        "asked = fp8_letters(self.what)", 'asked = fp8_letters("".join({*self.what, "k"}))', fp8("keys"),
+    ),
+    Mutant(
+        "fp8: what stays on its rank is not rounded", "passes/quantize.py", "            if here:\n",
+        "            if here and not here:\n", fp8("one_rounded_function and ring"),
+    ),
+    Mutant(
+        "fp8: numbers are made before they are needed", "passes/quantize.py", "self._apply(x, users, back,",
+        "self._apply(x, [x] if x in self.bytes else users, back,", fp8("golden"),
     ),
 )  # fmt: skip
 

@@ -183,6 +183,17 @@ def test_sample(c: Capture) -> None:
     assert verified(c, sample()[c]) == []
     if c in COLLECTIVES:
         COLLECTIVES[c](c)
+        assert rounded(c) == []
+
+
+def rounded(c: Capture) -> list[str]:
+    """One line for every plan that is not the same rounding on one device, or rounds nothing."""
+    failures = []
+    for plan in ("ulysses=3,fp8(qvo)", "torus=2,ring=2,fp8(qkvo)"):
+        report = fastpar.verify(captured(c), plan=plan)
+        if not report.ok or not 1e-6 < report.max_rel_err < 0.2:
+            failures.append(f"{plan}: {report.max_rel_err} > {report.tolerance}: {report.notes}")
+    return failures
 
 
 @pytest.mark.slow

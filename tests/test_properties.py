@@ -19,10 +19,14 @@ import pytest
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
+from fastpar.core.errors import PlanError
 from fastpar.core.mesh import Mesh
 from fastpar.core.plan import Plan
 from fastpar.passes.attention_torus import AttentionTorus
 from fastpar.passes.attention_ulysses import AttentionUlysses
+from fastpar.passes.overlap import Overlap
+from fastpar.passes.pack import Pack
+from fastpar.passes.quantize import Quantize
 from fastpar.passes.shard import Shard
 from tests.programs import Recipe, build, recipes
 from tests.prove import Seen, Statistics, Way, prove
@@ -81,7 +85,8 @@ def scattered(draw: st.DrawFn) -> Way:
     steps.append(draw(st.sampled_from(["attention-ulysses", "attention-gather", "attention-ring", "attention-torus"])))
     if draw(st.booleans()):
         steps.append("cancel")
-    return Way(mesh, ",".join([*steps, "lower"]))
+    order = draw(st.sampled_from(((), (Pack(),), (Pack(ahead=True),), (Overlap(),), (Overlap(memory=0.0),))))
+    return Way(mesh, ",".join([*steps, "lower", *(p.spec() for p in order)]))
 
 
 def _with_plan(recipe: Recipe, plan: str, shuffle: int) -> Seen:
@@ -90,6 +95,18 @@ def _with_plan(recipe: Recipe, plan: str, shuffle: int) -> Seen:
     names = [name for name, _ in Plan.parse(plan).axes]
     random.Random(shuffle).shuffle(names)
     return prove(case, Way.of(plan, case.program, names if shuffle else ()))
+
+
+def _rounding(recipe: Recipe, plan: str, letters: str) -> Seen:
+    """The plan with ``letters`` rounded; where nothing of them travels it must say so."""
+    case = build(replace(recipe, batch=max(2, recipe.batch)) if "cfg" in plan else recipe)
+    exact = Way.of(plan, case.program)
+    way = Way(exact.mesh, exact.pipeline.replace(",lower", f",{Quantize(letters).spec()},lower"))
+    try:
+        return prove(case, way)
+    except PlanError as error:
+        assert "would round nothing" in str(error)
+        return Seen(ranks=way.mesh.ranks)
 
 
 def _run(
@@ -146,6 +163,19 @@ def _scattered(recipe: Recipe, way: Way) -> Seen:
 
 def test_meshes_of_several_axes_are_exact_after_every_pass() -> None:
     _demand(_run(20, _by_hand, recipes(), ways()))
+
+
+LETTERS = st.sampled_from(("qvo", "kv", "qkvo", "qkvog", "qkvogh"))
+ANY_PLAN = st.sampled_from(TOGETHER).flatmap(lambda terms: st.sampled_from(plans(terms)))
+
+
+def test_plans_that_round_compute_one_function() -> None:
+    _run(12, _rounding, recipes(), ANY_PLAN, LETTERS).demand(0.5, 0.2)
+
+
+@pytest.mark.slow
+def test_plans_that_round_on_many_programs() -> None:
+    _run(200, _rounding, recipes(6), ANY_PLAN, LETTERS).demand(0.5, 0.2)
 
 
 @pytest.mark.slow

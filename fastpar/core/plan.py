@@ -30,7 +30,7 @@ TOKEN_AXES = ("torus", "ring", "gather", "naive", "ulysses")
 
 GROUP_NORMS = ("corrected", "stale", "sync", "separate", "none")
 FP8_LETTERS = "qkvogh"
-_FP8_MEANING = "q, k, v, o of attention, g for other gathers, h for halos"
+FP8_MEANING = "q, k, v, o of attention, g for other gathers, h for halos"
 
 # What cannot stand together: a term, the terms that it excludes, and the reason that the error gives.
 _CONFLICTS: tuple[tuple[str, tuple[str, ...], str], ...] = (
@@ -89,7 +89,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         # Normal forms first, so that equal plans compare equal: letters in one order, speeds as floats.
-        object.__setattr__(self, "fp8", _letters(self.fp8))
+        object.__setattr__(self, "fp8", fp8_letters(self.fp8))
         object.__setattr__(self, "speeds", tuple(_speed(speed) for speed in self.speeds))
         object.__setattr__(self, "steps", tuple(_stride(stride) for stride in self.steps))
         for name in DEGREES:
@@ -239,12 +239,13 @@ def _ranks(count: int) -> str:
     return f"{count} rank" if count == 1 else f"{count} ranks"
 
 
-def _letters(letters: str) -> str:
+def fp8_letters(letters: str) -> str:
+    """The letters of ``fp8`` in their order. Raises ``PlanError`` for others, and for one that is given twice."""
     if not isinstance(letters, str):
-        raise PlanError(f"fp8 takes letters of {_FP8_MEANING}, not {letters!r}")
+        raise PlanError(f"fp8 takes letters of {FP8_MEANING}, not {letters!r}")
     bad = [letter for letter in letters if letter not in FP8_LETTERS]
     if bad:
-        raise PlanError(f"fp8 does not know {bad[0]!r}; valid letters: {_FP8_MEANING}")
+        raise PlanError(f"fp8 does not know {bad[0]!r}; valid letters: {FP8_MEANING}")
     if duplicates(letters):
         raise PlanError(f"fp8 has the letter {duplicates(letters)[0]!r} twice in {letters!r}")
     return "".join(letter for letter in FP8_LETTERS if letter in letters)
@@ -292,8 +293,8 @@ def _read_displaced(term: Term) -> Displaced:
 def _read_fp8(term: Term) -> str:
     (letters,) = _plain(term, "fp8(qvo)", args=1)
     if not isinstance(letters, str) or not letters:
-        raise PlanError(f"fp8 takes letters, as in fp8(qvo): {_FP8_MEANING}")
-    return _letters(letters)
+        raise PlanError(f"fp8 takes letters, as in fp8(qvo): {FP8_MEANING}")
+    return fp8_letters(letters)
 
 
 def _read_row(check: Callable[[object], object], example: str) -> Callable[[Term], object]:

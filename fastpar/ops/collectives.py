@@ -31,7 +31,7 @@ _LIB.define("all_to_all(Tensor[] xs, str[] srcs, str[] dsts) -> Tensor[]", tags=
 _LIB.define("all_gather(Tensor[] xs, str[] srcs, str[] dsts) -> Tensor[]", tags=_PT2)
 _LIB.define("all_reduce(Tensor[] xs, str op, str axes) -> Tensor[]", tags=_PT2)
 _LIB.define("pack(Tensor[] xs, int[] boxes) -> Tensor", tags=_PT2)
-_LIB.define("unpack(Tensor buffer, int[] shapes, int[] boxes) -> Tensor[]", tags=_PT2)
+_LIB.define("unpack(Tensor buffer, int[] shapes, int[] boxes, ScalarType[] dtypes=[]) -> Tensor[]", tags=_PT2)
 
 _LIB.impl("local", lambda x, a, b: x.clone(), "CompositeExplicitAutograd")
 torch.library.register_fake("fastpar::local", lambda x, a, b: torch.empty_like(x), lib=_LIB)
@@ -79,19 +79,25 @@ def block(x: torch.Tensor, starts: Sequence[int], sizes: Sequence[int]) -> torch
 
 
 def pack_boxes(xs: Sequence[torch.Tensor], flat: Sequence[int]) -> torch.Tensor:
-    """The boxes one after the other in a 1-D buffer; one copy where their shapes allow."""
+    """The boxes one after the other in a 1-D buffer; one copy where their shapes allow; bytes, if dtypes differ."""
     pieces = [block(xs[i], starts, sizes) for i, starts, sizes in decode(flat)]
+    mixed = len({x.dtype for x in xs}) > 1
     if not pieces:
-        return xs[0].new_empty(0)
+        return xs[0].new_empty(0, dtype=torch.uint8 if mixed else None)
+    if mixed:
+        return torch.cat([p.contiguous().reshape(-1).view(torch.uint8) for p in pieces])
     if pieces[0].dim() > 0 and all(p.shape[1:] == pieces[0].shape[1:] for p in pieces):
         return torch.cat(pieces).reshape(-1)
     return torch.cat([p.reshape(-1) for p in pieces])
 
 
 def unpack_boxes(
-    buffer: torch.Tensor, shapes: Sequence[int], flat: Sequence[int]
+    buffer: torch.Tensor, shapes: Sequence[int], flat: Sequence[int], dtypes: Sequence[torch.dtype] = ()
 ) -> list[torch.Tensor]:
-    """Tensors (``shapes``: [rank, *sizes] each) put together from the boxes of a 1-D buffer."""
+    """Tensors (``shapes``: [rank, *sizes] each) put together from the boxes of a 1-D buffer.
+
+    ``dtypes``: of the tensors, where the buffer holds bytes.
+    """
     out_shapes, i = [], 0
     while i < len(shapes):
         out_shapes.append(tuple(shapes[i + 1 : i + 1 + shapes[i]]))
@@ -99,12 +105,15 @@ def unpack_boxes(
     tiles: list[list[tuple[tuple[int, ...], torch.Tensor]]] = [[] for _ in out_shapes]
     offset = 0
     for operand, starts, sizes in decode(flat):
-        numel = math.prod(sizes)
-        tiles[operand].append((starts, buffer.narrow(0, offset, numel).view(sizes)))
+        numel = math.prod(sizes) * (dtypes[operand].itemsize if dtypes else 1)
+        piece = buffer.narrow(0, offset, numel)
+        if dtypes:  # a copy, since only what is aligned can be viewed as what it is
+            piece = piece.clone().view(dtypes[operand])
+        tiles[operand].append((starts, piece.view(sizes)))
         offset += numel
     return [
-        _assemble(tile, 0) if tile else buffer.new_empty(shape)
-        for tile, shape in zip(tiles, out_shapes, strict=True)
+        _assemble(tile, 0) if tile else buffer.new_empty(shape, dtype=dtypes[i] if dtypes else None)
+        for i, (tile, shape) in enumerate(zip(tiles, out_shapes, strict=True))
     ]
 
 
@@ -124,21 +133,27 @@ def _assemble(tiles: list[tuple[tuple[int, ...], torch.Tensor]], dim: int) -> to
     return torch.cat(parts, dim)
 
 
-def _unpack_fake(buffer: torch.Tensor, shapes: Sequence[int], flat: Sequence[int]) -> list[torch.Tensor]:
-    out, i = [], 0
+def _pack_fake(xs: Sequence[torch.Tensor], flat: Sequence[int]) -> torch.Tensor:
+    mixed = len({x.dtype for x in xs}) > 1
+    sizes = [math.prod(sizes) * (xs[i].element_size() if mixed else 1) for i, _, sizes in decode(flat)]
+    return xs[0].new_empty(sum(sizes), dtype=torch.uint8 if mixed else None)
+
+
+def _unpack_fake(
+    buffer: torch.Tensor, shapes: Sequence[int], flat: Sequence[int], dtypes: Sequence[torch.dtype] = ()
+) -> list[torch.Tensor]:
+    out: list[torch.Tensor] = []
+    i = 0
     while i < len(shapes):
-        out.append(buffer.new_empty(tuple(shapes[i + 1 : i + 1 + shapes[i]])))
+        dtype = dtypes[len(out)] if dtypes else None
+        out.append(buffer.new_empty(tuple(shapes[i + 1 : i + 1 + shapes[i]]), dtype=dtype))
         i += 1 + shapes[i]
     return out
 
 
 _LIB.impl("pack", pack_boxes, "CompositeExplicitAutograd")
 _LIB.impl("unpack", unpack_boxes, "CompositeExplicitAutograd")
-torch.library.register_fake(
-    "fastpar::pack",
-    lambda xs, flat: xs[0].new_empty(sum(math.prod(sizes) for _, _, sizes in decode(flat))),
-    lib=_LIB,
-)
+torch.library.register_fake("fastpar::pack", _pack_fake, lib=_LIB)
 torch.library.register_fake("fastpar::unpack", _unpack_fake, lib=_LIB)
 
 
@@ -167,14 +182,27 @@ def axes_of(node: fx.Node, mesh: Mesh) -> tuple[str, ...]:
     return exchanged_axes(*layouts_of(node), mesh)
 
 
+def dtypes_of(node: fx.Node) -> list[torch.dtype]:
+    """Dtypes of the values of a collective in a lowered program."""
+    return [x.meta["val"].dtype for x in node.args[0]]  # type: ignore[union-attr]
+
+
 class Exchange:
     """One rank's side of a collective over several values, as ``pack`` and ``unpack`` need it.
 
     The buffer for a peer holds the first value's boxes, then the second's, and so on; so Q, K
-    and V of one attention travel in one message however different their shapes are.
+    and V of one attention travel in one message however different their shapes are. ``dtypes`` are the values':
+    where they differ, messages are of bytes, and so are the splits.
     """
 
-    def __init__(self, srcs: Sequence[Layout], dsts: Sequence[Layout], mesh: Mesh, rank: int) -> None:
+    def __init__(
+        self,
+        srcs: Sequence[Layout],
+        dsts: Sequence[Layout],
+        mesh: Mesh,
+        rank: int,
+        dtypes: Sequence[torch.dtype] = (),
+    ) -> None:
         self.axes = exchanged_axes(srcs, dsts, mesh)
         self.sides: list[Transfer] = [
             transfer(s, d, mesh, rank, self.axes) for s, d in zip(srcs, dsts, strict=True)
@@ -182,8 +210,11 @@ class Exchange:
         self.group = self.sides[0].group
         peers = range(len(self.group))
         self.me = self.sides[0].me
-        self.send_splits = [sum(t.send_splits[p] for t in self.sides) for p in peers]
-        self.receive_splits = [sum(t.receive_splits[p] for t in self.sides) for p in peers]
+        self.dtypes = list(dtypes) if len(set(dtypes)) > 1 else []
+        sizes = [d.itemsize for d in self.dtypes] or [1] * len(self.sides)
+        each = list(zip(self.sides, sizes, strict=True))
+        self.send_splits = [sum(t.send_splits[p] * size for t, size in each) for p in peers]
+        self.receive_splits = [sum(t.receive_splits[p] * size for t, size in each) for p in peers]
         self.send_boxes = [n for p in peers for n in self.send_boxes_to(p)]
         self.receive_boxes = [n for p in peers for n in self.receive_boxes_from(p)]
         self.shapes = [n for t in self.sides for n in (len(t.shape), *t.shape)]
@@ -213,7 +244,7 @@ def exchange_across(
     xs: Sequence[Sequence[torch.Tensor]], srcs: Sequence[Layout], dsts: Sequence[Layout], mesh: Mesh
 ) -> list[list[torch.Tensor]]:
     """N-rank meaning of ``all_to_all``: ``xs[value][rank]`` to results ``[value][rank]``, by messages."""
-    sides = [Exchange(srcs, dsts, mesh, rank) for rank in range(mesh.ranks)]
+    sides = [Exchange(srcs, dsts, mesh, rank, [x[0].dtype for x in xs]) for rank in range(mesh.ranks)]
     sent = [
         pack_boxes([x[rank] for x in xs], side.send_boxes).split(side.send_splits)
         for rank, side in enumerate(sides)
@@ -222,5 +253,5 @@ def exchange_across(
     for rank, side in enumerate(sides):
         me = side.group.index(rank)
         buffer = torch.cat([sent[peer][me] for peer in side.group])
-        results.append(unpack_boxes(buffer, side.shapes, side.receive_boxes))
+        results.append(unpack_boxes(buffer, side.shapes, side.receive_boxes, side.dtypes))
     return [[results[rank][i] for rank in range(mesh.ranks)] for i in range(len(xs))]

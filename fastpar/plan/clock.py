@@ -148,7 +148,7 @@ def seconds(node: fx.Node, mesh: Mesh, rank: int, device: Device) -> float:
         return local_shape(n, mesh, rank)
 
     if node.target in (pack, unpack):
-        return 2 * _elements(node) * _itemsize(node) / (device.bandwidth * MEMORY)
+        return 2 * _packed(node) / (device.bandwidth * MEMORY)
     if not reads(node):
         return 0.0
     moved = sum(node_bytes(n, shape(n)) for n in {*node.all_input_nodes, node})
@@ -157,22 +157,30 @@ def seconds(node: fx.Node, mesh: Mesh, rank: int, device: Device) -> float:
     )
 
 
-def _elements(node: fx.Node) -> int:
-    """Elements that a pack or unpack copies: the boxes are [operand, rank, *starts, *sizes] each."""
-    flat: Any = node.args[-1]
+def _packed(node: fx.Node) -> int:
+    """Bytes that a pack or unpack copies: the boxes are [operand, rank, *starts, *sizes] each."""
+    flat: Any = node.args[1 if node.target is pack else 2]
+    sizes = _itemsizes(node)
     total = i = 0
     while i < len(flat):
         n = flat[i + 1]
-        total += math.prod(flat[i + 2 + n : i + 2 + 2 * n])
+        total += math.prod(flat[i + 2 + n : i + 2 + 2 * n]) * sizes[flat[i] if len(sizes) > 1 else 0]
         i += 2 + 2 * n
     return total
 
 
-def _itemsize(node: fx.Node) -> int:
+def _itemsizes(node: fx.Node) -> list[int]:
+    """Bytes of an element of each of a collective's values."""
     value = node.meta.get("val")
-    while isinstance(value, (list, tuple)):
-        value = value[0]
-    return value.element_size() if isinstance(value, torch.Tensor) else 1
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return [v.element_size() if isinstance(v, torch.Tensor) else 1 for v in values]
+
+
+def _itemsize(node: fx.Node) -> int:
+    """Bytes of an element of a collective's buffer: of bytes, where its values differ in dtype."""
+    values = node.meta.get("val")
+    dtypes = {v.dtype for v in values} if isinstance(values, (list, tuple)) else set()
+    return 1 if len(dtypes) > 1 else _itemsizes(node)[0]
 
 
 def _durations(starts: Sequence[Sequence[fx.Node]], mesh: Mesh, topology: Topology) -> list[float]:
@@ -180,18 +188,16 @@ def _durations(starts: Sequence[Sequence[fx.Node]], mesh: Mesh, topology: Topolo
     known: dict[Any, float] = {}
     out = []
     for several in zip(*starts, strict=True):
-        key = tuple((n.target, _itemsize(n), str(n.args[1:]), _numel(n)) for n in several)
+        key = tuple((n.target, _itemsize(n), str(n.args[1:]), _given(n)) for n in several)
         if key not in known:
             known[key] = topology.seconds(_messages(several, mesh))
         out.append(known[key])
     return out
 
 
-def _numel(node: fx.Node) -> int:
-    """Elements that the rank puts in, where the arguments do not say it."""
-    if node.target is _C10D.all_to_all_single.default:
-        return 0
-    return _elements(node.args[0])  # type: ignore[arg-type]
+def _given(node: fx.Node) -> int:
+    """Bytes that the rank puts in, where the arguments do not say it."""
+    return 0 if node.target is _C10D.all_to_all_single.default else _packed(node.args[0])  # type: ignore[arg-type]
 
 
 def _messages(several: Sequence[fx.Node], mesh: Mesh) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -200,12 +206,12 @@ def _messages(several: Sequence[fx.Node], mesh: Mesh) -> tuple[np.ndarray, np.nd
         group = mesh.group(rank, tuple(str(node.args[-1]).split(".")))
         for i, peer in enumerate(group):
             if node.target is _C10D.all_to_all_single.default:
-                elements = node.args[2][i]  # type: ignore[index]
+                sent: float = node.args[2][i] * _itemsize(node)  # type: ignore[index, operator]
             else:  # an all-reduce is a reduce-scatter and an all-gather of what it reduces
-                elements = _numel(node)
+                sent = _given(node)
                 if node.target is _C10D.all_reduce.default:
-                    elements = 2 * elements / len(group)
+                    sent = 2 * sent / len(group)
             src.append(rank)
             dst.append(peer)
-            size.append(elements * _itemsize(node) / LINKS)
+            size.append(sent / LINKS)
     return np.array(src), np.array(dst), np.array(size)

@@ -5,9 +5,10 @@ plans that nobody has built. Symbols: Q, K elements of the query and of the key 
 (B S H D and B T H D); n ranks that split its tokens, of which u share out heads, w share the rows of one step of
 a ring (where heads do not fill the Ulysses axis) and r form the ring: n = u w r. A torus over M machines, of which m
 share out heads, leaves keys split over r ranks: M times the ring inside a machine. S elements of a rank's result of
-a product whose weight is cut by rows over t ranks. E elements of the outputs, N all ranks. Sources: DeepSpeed-Ulysses
-section 3; USP table 1; Ring Attention section 3; DistriFusion section 4; Megatron-LM section 3; StreamFusion, sections
-on topology-aware scheduling and Torus Attention.
+a product whose weight is cut by rows over t ranks. E elements of the outputs, N all ranks. D numbers of b bytes are a
+row; of a tensor that travels quantized, f = (D + 4)/(b*D) of the bytes do. Sources: DeepSpeed-Ulysses section 3; USP
+table 1; Ring Attention section 3; DistriFusion section 4; Megatron-LM section 3; StreamFusion, sections on
+topology-aware scheduling and Torus Attention; cache-dit's 8-bit exchanges, in which K is left as it is.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from typing import Any
 import sympy
 
 from fastpar.core.plan import Plan
+from fastpar.ops.quantize import row_bytes
 from fastpar.passes.attention_ulysses import UNBALANCED
 
-Q, K, S, E, n, N, u, w, r, t, M, m = sympy.symbols("Q K S E n N u w r t M m", positive=True)
+Q, K, S, E, n, N, u, w, r, t, M, m, f = sympy.symbols("Q K S E n N u w r t M m f", positive=True)
 
 ELEMENTS: dict[str, Any] = {
     "queries and outputs to heads and back": 2 * Q / n * (u - 1) / u,
@@ -74,9 +76,28 @@ def number(form: Any) -> Callable[..., float]:
     return lambda **values: float(compiled(*(values[name] for name in names)))
 
 
-def text(*names: str) -> str:
-    """The named elements added up, as one reads them."""
-    return " + ".join(str(ELEMENTS[name]).replace("**", "^") for name in names)
+def text(*names: str, fp8: str = "") -> str:
+    """The named elements added up, as one reads them; of tensors in ``fp8`` (letters) only f travels."""
+    pairs = {Q: _mean(fp8, "qo", f) * Q, K: _mean(fp8, "kv", f) * K}
+    return " + ".join(str(ELEMENTS[name].subs(pairs, simultaneous=True)).replace("**", "^") for name in names)
+
+
+def _mean(fp8: str, pair: str, quantized: Any) -> Any:
+    """What travels of a pair of tensors, over what they are: ``quantized`` of those in ``fp8``, all of the others."""
+    count = sum(letter in fp8 for letter in pair)
+    return (2 - count + count * quantized) / sympy.Integer(2)
+
+
+def shares(fp8: str, width: int, itemsize: int) -> tuple[float, float]:
+    """(of queries and outputs, of keys and values) the bytes that travel over those of the tensors themselves.
+
+    Every form is linear in Q, which stands for queries and outputs alike, or in K, for keys and values; so these are
+    what Q and K are to be multiplied by. ``width`` numbers of ``itemsize`` bytes are a row.
+    """
+    if not width:
+        return 1.0, 1.0
+    row = row_bytes(width, itemsize) / (width * itemsize)
+    return float(_mean(fp8, "qo", row)), float(_mean(fp8, "kv", row))
 
 
 def head_share(degree: int, heads: int) -> int:

@@ -9,10 +9,11 @@ from torch import fx
 
 from fastpar.core.errors import PlanError
 from fastpar.core.mesh import Mesh
-from fastpar.core.plan import Plan
+from fastpar.core.plan import FP8_LETTERS, FP8_MEANING, Plan
+from fastpar.passes.quantize import Quantize
 from fastpar.sharding.candidates import is_attention
 
-IMPLEMENTED = ("ulysses", "ring", "torus", "gather", "cfg", "tp", "naive", "auto")
+IMPLEMENTED = ("ulysses", "ring", "torus", "gather", "cfg", "tp", "naive", "fp8", "auto")
 """Plan terms that the compiler runs today; others are a clear error."""
 
 
@@ -37,7 +38,22 @@ def pipeline_text(plan: Plan, schedule: bool = True) -> str:
         steps.append("attention-torus{axes=torus}" if plan.ring else "attention-torus")
     if plan.ring:
         steps.append("attention-ring")
-    return ",".join([*steps, "cancel", "lower", *(["overlap"] if schedule else [])])
+    steps.append("cancel")
+    if plan.fp8:
+        _quantizes(plan)
+        steps.append(Quantize(plan.fp8).spec())
+    return ",".join([*steps, "lower", *(["overlap"] if schedule else [])])
+
+
+def _quantizes(plan: Plan) -> None:
+    """Raise PlanError where nothing of what ``fp8`` names can travel under the plan's other terms."""
+    moved = {"g"} if plan.degree > 1 else set()
+    moved |= {"h", "k", "v"} if plan.token_degree > 1 else set()
+    moved |= {"q", "o"} if (plan.ulysses or 1) * (plan.torus or 1) > 1 else set()
+    if not moved & set(plan.fp8):
+        what = f"only {', '.join(x for x in FP8_LETTERS if x in moved)} can" if moved else "nothing does"
+        names = ", ".join(plan.fp8)
+        raise PlanError(f"plan {str(plan)!r}: nothing of {names} travels under it; {what} ({FP8_MEANING})")
 
 
 def mesh_for(plan: Plan, graph: fx.Graph, order: Sequence[str] = ()) -> Mesh:

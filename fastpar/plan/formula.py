@@ -85,8 +85,9 @@ def volume(sharded: Program, plan: Plan, mesh: Mesh) -> Volume:
         if n > 1 and node.meta.get("split_keys") and node.target in _ATTENTION:
             values, itemsize = _symbols(node, plan, mesh, deal)
             kinds[(*values.items(), ("itemsize", itemsize))] += 1
+            travelling = _travelling(node, plan, values, itemsize)
             out.flows += [
-                Flow(cost.elements(name, **values) * itemsize / deal, *_route(name, node, mesh))
+                Flow(cost.elements(name, **travelling) * itemsize / deal, *_route(name, node, mesh))
                 for name in cost.terms(plan)
             ]
             out.collectives += sum(int(cost.number(cost.COLLECTIVES[s])(**values)) for s in cost.spaces(plan))
@@ -131,14 +132,17 @@ def between_machines(sharded: Program, plan: Plan, mesh: Mesh) -> int:
     for node in sharded.graph.nodes:
         if node.meta.get("split_keys") and node.target is attention_lse:
             values, itemsize = _symbols(node, plan, mesh, 1)
-            total += sum(cost.elements(name, **values) * itemsize for name in cost.BETWEEN_MACHINES)
+            travelling = _travelling(node, plan, values, itemsize)
+            total += sum(cost.elements(name, **travelling) * itemsize for name in cost.BETWEEN_MACHINES)
     return math.ceil(total)
 
 
 def _form(plan: Plan) -> str:
     """The plan's closed form as text, in the symbols of ``cost``."""
     terms = cost.terms(plan)
-    out = [f"sum over attentions of {cost.text(*terms)}"] if terms else []
+    out = [f"sum over attentions of {cost.text(*terms, fp8=plan.fp8)}"] if terms else []
+    if terms and {*plan.fp8} & {*"qkvo"}:
+        out[0] += " (f = (D + 4)/(b*D), rows of D numbers of b bytes)"
     if plan.tp and plan.tp > 1:
         out.append(f"sum over pairs of products of {cost.text('sums of products')}")
     return ", plus ".join([*out, f"outputs {cost.text('outputs')}"])
@@ -173,6 +177,12 @@ def _symbols(node: fx.Node, plan: Plan, mesh: Mesh, deal: int) -> tuple[dict[str
     r = (plan.ring or 1) * machines
     values = dict(Q=q.numel() // c, K=k.numel() // c, n=n, u=u, w=n // (u * r), r=r, M=machines, m=m)
     return values, q.element_size()
+
+
+def _travelling(node: fx.Node, plan: Plan, values: dict[str, int], itemsize: int) -> dict[str, float]:
+    """The symbols' values with Q and K as many as travel, for tensors that travel quantized."""
+    of_q, of_k = cost.shares(plan.fp8, int(node.args[0].meta["val"].shape[-1]), itemsize)  # type: ignore[union-attr]
+    return {**values, "Q": of_q * values["Q"], "K": of_k * values["K"]}
 
 
 def _spent(node: fx.Node, mesh: Mesh, name: str) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ import numpy as np
 
 from fastpar.core.mesh import Mesh
 from fastpar.core.plan import Plan
+from fastpar.ops.quantize import row_bytes
 from fastpar.plan import cost
 from fastpar.plan.topology import Topology
 from fastpar.plan.workload import Attention, Workload
@@ -109,6 +110,7 @@ def _predict(work: Workload, plan: Plan, topology: Topology, lowering: str, orde
     collectives = 0
     for attention in work.attentions:
         if attention.split and tokens > 1:
+            compute += attention.count * _converting(attention, plan, split) / (device.bandwidth * MEMORY)
             part = _talk(attention, plan, place, split, device.flops * PRODUCTS)
             communication += part[0] * attention.count
             exposed += part[1] * attention.count
@@ -145,6 +147,24 @@ def _predict(work: Workload, plan: Plan, topology: Topology, lowering: str, orde
     )
 
 
+def _converting(a: Attention, plan: Plan, split: int) -> float:
+    """Bytes that a rank reads and writes to make bytes of rows that travel in 8 bits, and numbers of those that came.
+
+    Of queries and outputs as many as it has; of keys and values those of all blocks that come.
+    """
+    rows = {letter: a.batch * a.heads * a.queries for letter in "qo"}
+    rows |= {letter: a.batch * a.key_heads * a.keys for letter in "kv"}
+    ours = set(plan.fp8) & set(rows if (plan.ulysses or 1) * (plan.torus or 1) > 1 else "kv")
+    each = a.width * a.itemsize + row_bytes(a.width, a.itemsize)
+    came = {letter: 1 if letter in "qo" else _blocks(plan) for letter in ours}
+    return sum(rows[letter] * (1 + came[letter]) * each / split for letter in ours)
+
+
+def _blocks(plan: Plan) -> int:
+    """Blocks of keys that a rank makes numbers of: its own, and those that come round."""
+    return (plan.ring or 1) * (plan.torus or 1) * (plan.gather or 1)
+
+
 def _talk(
     a: Attention, plan: Plan, place: _Place, split: int, peak: float
 ) -> tuple[float, float, float, int, float]:
@@ -152,6 +172,8 @@ def _talk(
     batch = split // plan.token_degree  # ranks that share the batch
     q = a.batch * a.heads * a.queries * a.width * a.itemsize / batch
     k = a.batch * a.key_heads * a.keys * a.width * a.itemsize / batch
+    of_q, of_k = cost.shares(plan.fp8, a.width, a.itemsize)
+    q, k = of_q * q, of_k * k
     n = plan.token_degree
     if plan.gather and plan.gather > 1:
         values = dict(Q=q, K=k, n=n)

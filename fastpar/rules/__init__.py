@@ -9,6 +9,7 @@ from fastpar.rules import (  # noqa: F401  (imported for their registrations)
     index,
     matmul,
     pointwise,
+    quantize,
     reduce,
     resample,
     scan,

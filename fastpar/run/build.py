@@ -107,10 +107,10 @@ def build(
 ) -> Built:
     """Run the plan's pipeline (or ``passes``) on a captured program.
 
-    ``passes`` may refine the plan's pipeline but not contradict it: it must contain the
-    attention pass that the plan asks for. ``topology`` (a preset's name or a file) places the plan's
-    axes, and decides what ``auto`` is; ``order`` is that of axes which were placed before. ``hold``: ranks are given
-    their parts of weights.
+    ``passes`` may refine the plan's pipeline but not contradict it: it must contain the attention and lossy passes
+    that the plan asks for, and no other. ``topology`` (a preset's name or a file) places the plan's axes, and decides
+    what ``auto`` is; ``order`` is that of axes which were placed before. ``hold``: ranks are given their parts of
+    weights.
     Raises PlanError, OptionError, CheckError.
     """
     if order is None:
@@ -145,8 +145,10 @@ def build(
 
 
 def _agrees(pipeline: Pipeline, expected: Pipeline, plan: Plan) -> None:
-    wanted = [p.name for p in expected.passes if p.name.startswith("attention-")]
-    given = [p.name for p in pipeline.passes if p.name.startswith("attention-")]
+    wanted, given = (
+        [p.spec() if p.lossy else p.name for p in one.passes if p.lossy or p.name.startswith("attention-")]
+        for one in (expected, pipeline)
+    )
     if wanted != given:
         raise OptionError(
             f"passes {str(pipeline)!r} disagree with plan {str(plan)!r}, which expands to {str(expected)!r}"

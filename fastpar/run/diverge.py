@@ -13,14 +13,18 @@ from fastpar.core.layout import Layout
 from fastpar.graph.program import source_line, target_name
 from fastpar.ops.redistribute import assemble
 from fastpar.run.build import Built
+from fastpar.run.rounded import Rounded
 
 
 class _Found(Exception):
     pass
 
 
-def first_difference(built: Built, args: list[Any], tolerance: float) -> str:
-    """Runs the lowered program beside the captured one; names the node, its operator and source line."""
+def first_difference(built: Built, args: list[Any], tolerance: float, own: Rounded | None = None) -> str:
+    """Runs the lowered program beside the captured one; names the node, its operator and source line.
+
+    Of a plan that rounds, ``own`` is what to compare with: the same rounding on one device.
+    """
     reference: dict[str, Any] = {}
 
     class Keep(fx.Interpreter):
@@ -29,8 +33,11 @@ def first_difference(built: Built, args: list[Any], tolerance: float) -> str:
             reference[n.name] = value
             return value
 
-    with torch.no_grad():
-        Keep(built.captured.gm).run(*args)
+    if own is not None:
+        reference = own.values
+    else:
+        with torch.no_grad():
+            Keep(built.captured.gm).run(*args)
     mesh = built.mesh
     where: list[str] = []
 

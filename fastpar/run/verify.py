@@ -3,7 +3,8 @@
 ``verify`` holds the N localised programs of every graph of a model against the graph run
 whole. float64 models are compared at 1e-9, with the model's own casts to float32 promoted
 on both sides; other dtypes must not be further from a float64 reference than twice what
-eager itself is, plus one unit in the last place.
+eager itself is, plus one unit in the last place. A plan that rounds what travels is held against the same rounding
+on one device (``fastpar.run.rounded``).
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from fastpar.run.compare import (
 )
 from fastpar.run.diverge import first_difference
 from fastpar.run.report import ExposedRow, FallbackReport, LinkRow, OrderRow, PlanRow, Replicated, Report
+from fastpar.run.rounded import rounded, rounds
 from fastpar.sharding.candidates import find, find_batch
 
 
@@ -338,7 +340,15 @@ def _compare(
             eager = tuple(program.gm(*args))
         results = _simulated(built, args)
     _finite(exact, report)
+    eps = [torch.finfo(x.dtype).eps if isinstance(x, torch.Tensor) and x.is_floating_point() else 0.0 for x in eager]
+    bounds = [FLOAT64_TOLERANCE] * len(eager)
+    if not double:
+        bounds = [2 * difference(x, y)[1] + e if e else b for x, y, e, b in zip(eager, exact, eps, bounds, strict=True)]
+    own = rounded(built.lowered, args) if rounds(built.lowered) else None
     report.ok, worst = True, -1.0
+    for sentence in own.strayed(exact, bounds) if own is not None else ():
+        report.ok = False
+        report.notes.append(sentence)
     unbounded = bool(built.plan.naive)  # its difference is reported, there is nothing to hold it against
     report.max_abs_err = report.max_rel_err = 0.0
     report.tolerance = FLOAT64_TOLERANCE
@@ -347,17 +357,20 @@ def _compare(
             if any(r[i] != plain for r in results):
                 report.ok = False
             continue
+        tolerance = math.inf if unbounded else bounds[i]
+        if own is not None:  # the plan's own error; where float64 shows it, that of one device and no more
+            tolerance += (1 if double else 2) * difference(own.outputs[i], reference)[1]
         for rank, result in enumerate(results):
             if not same_bits(result[i], results[0][i]):
                 report.ok = False
                 report.notes.append(f"output {i}: rank {rank} has other bits than rank 0")
             absolute, relative = difference(result[i], reference)
-            tolerance = math.inf if unbounded else FLOAT64_TOLERANCE
             if unbounded and not torch.isfinite(result[i]).all() and torch.isfinite(reference).all():
                 report.ok = False
                 report.notes.append(f"output {i}: rank {rank} has values that are not finite")
-            if not double and plain.is_floating_point() and not unbounded:
-                tolerance = 2 * difference(plain, reference)[1] + torch.finfo(plain.dtype).eps
+            if own is not None and double and not (off := difference(result[i], own.outputs[i])[1]) <= bounds[i]:
+                report.ok = False
+                report.notes.append(f"output {i}: rank {rank} is off by {off:.1e} from the same rounding on one device")
             if not relative <= tolerance:
                 report.ok = False
             held = relative if unbounded else relative / tolerance
@@ -365,7 +378,8 @@ def _compare(
                 worst = held
                 report.max_abs_err, report.max_rel_err, report.tolerance = absolute, relative, tolerance
     if not report.ok:
-        report.diverged_at = first_difference(built, args, report.tolerance)
+        limit = FLOAT64_TOLERANCE if own is not None and double else report.tolerance
+        report.diverged_at = first_difference(built, args, limit, own)
 
 
 def _finite(exact: tuple[Any, ...], report: Report) -> None:
