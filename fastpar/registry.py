@@ -44,6 +44,12 @@ def _hold() -> type[Pass]:
     return Hold
 
 
+def _hoist() -> type[Pass]:
+    from fastpar.passes.hoist import Hoist
+
+    return Hoist
+
+
 def _localise() -> type[Pass]:
     from fastpar.passes.localise import Localise
 
@@ -77,6 +83,7 @@ PASSES: dict[str, Callable[[], type[Pass]]] = {
     "naive": _naive,
     "cancel": _cancel,
     "lower": _lower,
+    "hoist": _hoist,
     "hold": _hold,
     "localise": _localise,
 }

@@ -147,7 +147,7 @@ def test_verify_in_float32_has_another_tolerance() -> None:
 
 def test_explain_shows_shares_bytes_and_collectives() -> None:
     said = run("explain", "models:tiny", *ULYSSES)
-    for part in ("shard,attention-ulysses,cancel,lower", "1/3 is 0.3333", "attainable", "all_to_all", "ulysses",
+    for part in ("shard,attention-ulysses,cancel,lower,hoist", "1/3 is 0.3333", "attainable", "all_to_all", "ulysses",
                  "collectives per call", "no fallbacks", "seconds: shard"):  # fmt: skip
         assert part in said, part
 
@@ -159,7 +159,7 @@ def test_explain_as_json_prints_nothing_else() -> None:
 
 def test_opt_prints_the_last_program_unless_asked_otherwise() -> None:
     said = run("opt", "models:tiny", *ULYSSES)
-    assert said.startswith("# -----// IR after lower (lower) //-----\n") and said.count("IR after") == 1
+    assert said.startswith("# -----// IR after hoist (hoist) //-----\n") and said.count("IR after") == 1
     assert "fastpar.all_to_all.default" in said and "3@ulysses(1*3)" in said and "x = self.out(x)" in said
     assert "input('qkv.weight')  # parameter: float64 [18, 6]" in said
 

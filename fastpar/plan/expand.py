@@ -36,7 +36,7 @@ def pipeline_text(plan: Plan) -> str:
         steps.append("attention-torus{axes=torus}" if plan.ring else "attention-torus")
     if plan.ring:
         steps.append("attention-ring")
-    return ",".join([*steps, "cancel", "lower"])
+    return ",".join([*steps, "cancel", "lower", "hoist"])
 
 
 def mesh_for(plan: Plan, graph: fx.Graph, order: Sequence[str] = ()) -> Mesh:
