@@ -30,6 +30,7 @@ from fastpar.registry import PASSES
 from fastpar.run.artefact import Artefact
 from fastpar.run.build import build
 from fastpar.run.stream import PATIENCE, STREAMS, current_generation
+from tests.test_replicas import torchrun
 
 torch.set_num_threads(1)
 
@@ -530,3 +531,13 @@ def test_the_checksum_of_views_with_gaps_offsets_and_other_orders() -> None:
             assert torch.equal(checksum_of(changed), checksum_of(changed.clone(memory_format=torch.preserve_format)))
             changed.view(-1)[-1:].neg_() if changed.is_contiguous() else changed.select(0, -1).neg_()
             assert not torch.equal(checksum_of(changed), mine)
+
+
+# -- processes ------------------------------------------------------------------------------------
+
+
+@pytest.mark.distributed
+def test_on_two_processes() -> None:
+    """A broadcast into the same tensor, LoRA, prompts that always change, calls that are dealt, weights in parts."""
+    printed = torchrun("ulysses=2", "tp=2+shards", "cfg=2", script="tests.scripts.generations", ranks=2)
+    assert printed.count("off by") == 6

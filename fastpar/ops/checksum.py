@@ -9,6 +9,8 @@ strides on one device, which is all that it is for; a compiler may compute anoth
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 
 _LIB = torch.library.Library("fastpar", "FRAGMENT")
@@ -16,7 +18,7 @@ _LIB.define("checksum(Tensor x) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
 _STIR, _STEP, _ROW = -7046029254386353131, -4658895280553007687, -7723592293110705685  # odd, no pattern in their bits
 _COLUMNS = 1 << 12
-_CHUNK = {"cpu": 1 << 16}  # words at a time: two temporaries that fit a cache
+_CHUNK = {"cpu": 1 << 15}  # words at a time: so few that an allocator has their memory at hand
 _LARGE_CHUNK = 1 << 24
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -24,20 +26,34 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def checksum_of(x: torch.Tensor) -> torch.Tensor:
     """The checksum of ``x`` as a 0-d int64 tensor on its device; nothing waits for the device."""
     words = _words(x.detach())
-    total = torch.zeros((), dtype=torch.int64, device=x.device)
-    columns = odd(torch.arange(_COLUMNS, device=x.device), _STEP)
     size = _CHUNK.get(x.device.type, _LARGE_CHUNK)
+    columns, sums = _places(x.device, _STEP), []
     for start in range(0, words.numel(), size):
         part = stir(words[start : start + size].to(torch.int64))
         whole = len(part) // _COLUMNS * _COLUMNS
         if whole:
-            rows = part[:whole].view(-1, _COLUMNS).mul_(columns).sum(1)
-            place = torch.arange(len(rows), device=x.device) + start // _COLUMNS
-            total = total + (rows * odd(place, _ROW)).sum()
+            sums.append(_products(part[:whole].view(-1, _COLUMNS), columns))
         if whole < len(part):
-            row = (part[whole:] * columns[: len(part) - whole]).sum()
-            total = total + row * odd(torch.full((), (start + whole) // _COLUMNS, device=x.device), _ROW)
-    return total
+            sums.append(_products(part[whole:].view(1, -1), columns[: len(part) - whole]))
+    if not sums:
+        return torch.zeros((), dtype=torch.int64, device=x.device)
+    rows, known = torch.cat(sums), _places(x.device, _ROW)
+    few = len(rows) <= len(known)
+    return (rows * (known[: len(rows)] if few else odd(torch.arange(len(rows), device=x.device), _ROW))).sum()
+
+
+@lru_cache(maxsize=16)
+def _places(device: torch.device, step: int) -> torch.Tensor:
+    """Odd numbers for the first places; kept, for it takes longer to make them than to sum a small tensor."""
+    with torch.inference_mode(False):
+        return odd(torch.arange(_COLUMNS, device=device), step)
+
+
+def _products(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Sum of each row times ``columns``."""
+    if rows.device.type == "cpu":
+        return torch.mv(rows, columns)
+    return (rows * columns).sum(1)  # elsewhere there are no products of integer matrices
 
 
 def checksum_formula(x: torch.Tensor) -> torch.Tensor:
