@@ -176,7 +176,8 @@ def main() -> None:
     args = parser.parse_args()
     results: dict[str, Any] = {"measured": measured(), "planned": []}
     small = results["measured"]
-    print(f"{small['model']}: {small['cpu_seconds_per_call']} CPU seconds per call, {small['ratio']:.3f} times", flush=True)
+    seconds = ", ".join(f"{took:.4f} {name}" for name, took in small["cpu_seconds_per_call"].items())
+    print(f"{small['model']}: CPU seconds per call {seconds}: {small['ratio']:.3f} times", flush=True)
     for name in args.only:
         found = planned(name)
         results["planned"].append(found)
