@@ -21,6 +21,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from fastpar.core.errors import OptionError
 from fastpar.graph.program import Program
+from fastpar.ops.checksum import checksum_formula
 from fastpar.ops.collectives import pack_boxes, unpack_boxes
 
 
@@ -36,6 +37,7 @@ def compile_inductor(program: Program) -> Callable[[list[Any]], Sequence[Any]]:
     table = dict(select_decomp_table())
     table[torch.ops.fastpar.pack.default] = pack_boxes
     table[torch.ops.fastpar.unpack.default] = unpack_boxes
+    table[torch.ops.fastpar.checksum.default] = checksum_formula
     program.gm.recompile()
     with mode, torch.no_grad():
         traced = make_fx(program.gm, decomposition_table=table)(*values)

@@ -2,7 +2,8 @@
 
 ``torch.compile(model, backend="fastpar")`` needs no import of this package. What it offers
 beside that (all in one process, N virtual ranks): ``verify``, ``explain``, ``simulate``,
-``capture`` and the classes ``Plan`` and ``Report``; and ``shard_weights``, for ranks that hold parts of weights.
+``capture`` and the classes ``Plan`` and ``Report``; ``shard_weights``, for ranks that hold parts of weights; and
+``generation``, for sampling loops of one's own.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ if TYPE_CHECKING:
     from fastpar.core.plan import Plan
     from fastpar.graph.capture import Captured, capture
     from fastpar.run.report import Report
+    from fastpar.run.stream import generation
     from fastpar.run.verify import explain, simulate, verify
     from fastpar.run.weights import shard_weights
 
-__all__ = ["__version__", "Captured", "Plan", "Report", "capture", "explain", "shard_weights", "simulate",
-           "verify"]  # fmt: skip
+__all__ = ["__version__", "Captured", "Plan", "Report", "capture", "explain", "generation", "shard_weights",
+           "simulate", "verify"]  # fmt: skip
 
 _HOMES = {
     "Captured": "fastpar.graph.capture",
@@ -27,6 +29,7 @@ _HOMES = {
     "Report": "fastpar.run.report",
     "capture": "fastpar.graph.capture",
     "explain": "fastpar.run.verify",
+    "generation": "fastpar.run.stream",
     "shard_weights": "fastpar.run.weights",
     "simulate": "fastpar.run.verify",
     "verify": "fastpar.run.verify",

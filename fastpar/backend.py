@@ -24,9 +24,10 @@ from fastpar.graph.dump import dumper
 from fastpar.graph.program import Program
 from fastpar.registry import LOWERINGS
 from fastpar.run.agree import agree, compiling, meet
-from fastpar.run.artefact import Artefact, Runner
+from fastpar.run.artefact import Runner
 from fastpar.run.build import Built, build
 from fastpar.run.groups import check_device, group_of, need_group, process_groups, world
+from fastpar.run.hoisted import artefact_of
 from fastpar.run.stream import Dealt, ends_frame, frame_counter
 from fastpar.run.weights import Held, axes_held, is_shell, whole_examples
 
@@ -87,7 +88,9 @@ def finish(program: Program, options: Options, group: Any, last: bool = False, h
     local = built.localise(rank, groups)
     if dump is not None:
         dump(None, local, None, 0.0)
-    runner: Runner = LOWERINGS[lowering]()(local)
+    runner: Runner = artefact_of(
+        local, LOWERINGS[lowering](), lambda varying: built.hoisted_anew(varying).localise(rank, groups)
+    )
     if hold:
         runner = Held(runner, built.lowered, built.mesh, rank, groups)
     if dealt:
@@ -98,7 +101,7 @@ def finish(program: Program, options: Options, group: Any, last: bool = False, h
     meet(group, options.timeout)  # compile skew ends here, not in the first collective's watchdog
     if options.verify:
         runner = _verified(runner, program, built)
-    return Artefact({"step": runner})
+    return runner
 
 
 def _device(program: Program) -> torch.device:

@@ -44,6 +44,12 @@ def _hold() -> type[Pass]:
     return Hold
 
 
+def _hoist() -> type[Pass]:
+    from fastpar.passes.hoist import Hoist
+
+    return Hoist
+
+
 def _localise() -> type[Pass]:
     from fastpar.passes.localise import Localise
 
@@ -96,6 +102,7 @@ PASSES: dict[str, Callable[[], type[Pass]]] = {
     "cancel": _cancel,
     "quantize": _quantize,
     "lower": _lower,
+    "hoist": _hoist,
     "pack": _pack,
     "overlap": _overlap,
     "hold": _hold,

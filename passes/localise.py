@@ -99,7 +99,7 @@ class _Writer:
 
     def _emit(self, origin: fx.Node, target: Any, args: tuple[Any, ...], kwargs: Any = None) -> fx.Node:
         new = self.graph.call_function(target, args, kwargs or {})
-        new.meta = {k: origin.meta[k] for k in ("stack_trace", "layout", "why") if k in origin.meta}
+        new.meta = {k: origin.meta[k] for k in ("stack_trace", "layout", "why", "hoisted") if k in origin.meta}
         new.meta["val"] = origin.meta.get("val")
         return new
 

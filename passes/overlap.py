@@ -2,9 +2,10 @@
 
 A collective is waited for where its result is first needed, so the order of the program is its schedule. List
 scheduling over the graph with the cost model finds an order (Lightning Thunder sorts collectives to the front in
-the same way; here seconds decide), for the program as it is, packed, and packed with V ahead. The
-fastest by the same clock is taken; the order as written stays where none is faster, since overlap can lose
-(TensorRT-LLM's asynchronous Ulysses does on 8 GPUs), or where it would need too much memory.
+the same way; here seconds decide), for the program as it is, packed, and packed with V ahead. The fastest by the same
+clock is taken; the order as written stays where none is faster, since overlap can lose (TensorRT-LLM's asynchronous
+Ulysses does on 8 GPUs), or where it would need too much memory. What runs once per generation (``hoist``) stays in
+front, in an order of its own, and is not part of what is weighed.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import fx
 from fastpar.core.errors import OptionError
 from fastpar.graph.pipeline import Pass, PassContext
 from fastpar.graph.program import Program, source_line
-from fastpar.graph.schedule import Exposed, Played, calls, listed, play, reorder
+from fastpar.graph.schedule import Exposed, Played, listed, parts, play, reorder
 from fastpar.ops.collectives import COLLECTIVES
 from fastpar.passes.pack import Pack
 
@@ -26,7 +27,7 @@ GAIN = 1e-3  # share of the time that another order must save, since every chang
 
 @dataclass(frozen=True)
 class Way:
-    """One alternative that was weighed: microseconds of a call, on the computing stream, exposed; exchanges."""
+    """One alternative that was weighed: seconds of a call, on the computing stream, exposed; exchanges."""
 
     name: str
     seconds: float
@@ -64,8 +65,9 @@ class Overlap(Pass):
         if not any(n.target in COLLECTIVES for n in program.graph.nodes):
             program.stage = "scheduled"
             return program
-        written = play(calls(program.graph), ctx.costs.tasks(program.graph))
-        best, way, best_order = program, _way("as written", program.graph, written), calls(program.graph)
+        once, step = parts(program.graph)
+        written = play(step, ctx.costs.tasks(program.graph))
+        best, way, best_order = program, _way("as written", step, written), [*once, *step]
         ways, played, tried = [way], written, set()
         bound = written.peak + self.memory * ctx.costs.topology.device.memory
         # of those as fast, the one with the fewest messages: it is the first
@@ -73,16 +75,17 @@ class Overlap(Pass):
             if packed is not None and not self.pack:
                 continue
             other = packed.apply(program.copy(), ctx) if packed is not None else program
-            count = sum(n.target in COLLECTIVES for n in other.graph.nodes)
+            once, step = parts(other.graph)
+            count = _exchanges(step)
             if count in tried or (packed is not None and count == way.collectives):
                 continue  # there was nothing to pack
             tried.add(count)
             tasks = ctx.costs.tasks(other.graph)
-            order = listed(other.graph, tasks, bound)
+            order = listed(step, tasks, bound)
             found = play(order, tasks)
-            ways.append(_way(name, other.graph, found))
+            ways.append(_way(name, step, found))
             if found.peak <= bound and found.seconds < (1 - GAIN) * way.seconds:
-                best, way, played, best_order = other, ways[-1], found, order
+                best, way, played, best_order = other, ways[-1], found, [*listed(once, tasks), *order]
         reorder(best.graph, best_order)
         rest = sorted((w for w in ways if w is not way), key=lambda w: w.seconds)
         best.gm.meta["schedule"] = Schedule((way, *rest), _grouped(played.exposed))
@@ -91,9 +94,12 @@ class Overlap(Pass):
         return best
 
 
-def _way(name: str, graph: fx.Graph, played: Played) -> Way:
-    count = sum(n.target in COLLECTIVES for n in graph.nodes)
-    return Way(name, played.seconds, played.compute, played.waited, count, played.peak)
+def _exchanges(nodes: list[fx.Node]) -> int:
+    return sum(n.target in COLLECTIVES for n in nodes)
+
+
+def _way(name: str, nodes: list[fx.Node], played: Played) -> Way:
+    return Way(name, played.seconds, played.compute, played.waited, _exchanges(nodes), played.peak)
 
 
 def _grouped(exposed: list[Exposed]) -> tuple[tuple[str, float, int, str], ...]:

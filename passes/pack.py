@@ -64,9 +64,10 @@ def _ready(node: fx.Node, place: dict[fx.Node, int]) -> int:
 
 
 def _kind(node: fx.Node, mesh: Mesh) -> tuple[Any, ...]:
-    """What collectives must have in common to be one: kind and ranks; of sums also the dtype, and what they sum by."""
+    """What collectives must have in common to be one: kind and ranks, and how often they run (once per generation, or
+    in every step); of sums also the dtype, and what they sum by."""
     sums = (node.args[1], *dtypes_of(node)[:1]) if node.target is all_reduce else ()
-    return node.target, axes_of(node, mesh), *sums
+    return node.target, axes_of(node, mesh), bool(node.meta.get("hoisted")), *sums
 
 
 def _first_use(node: fx.Node, place: dict[fx.Node, int]) -> int:

@@ -87,6 +87,8 @@ def show_report(report: Report) -> None:
     head.add_row("formula", f"{report.bytes_formula:,}{against}: {report.formula}")
     for values in report.symbols:
         head.add_row("", _legend(values))
+    if report.hoisted.values:
+        head.add_row("hoisted", _once(report))
     if report.predicted:
         p = {name: 1e3 * value for name, value in report.predicted.items()}
         head.add_row(
@@ -159,6 +161,17 @@ def _table(*headings: str, title: str = "") -> Table:
         table.add_column(heading.removesuffix(">"), justify="right" if right else "left", overflow="fold",
                          no_wrap=right)  # fmt: skip
     return table
+
+
+def _once(report: Report) -> str:
+    """What is done once per generation and stream, and what a later call is left with."""
+    once = report.hoisted
+    return (
+        f"once per generation: {once.flops_share:.4f} of one device's FLOPs, {once.bytes:,} bytes, {once.collectives} "
+        f"collectives; then {report.step_flops_share:.4f}, {report.step_bytes_per_rank:,}, {report.step_collectives}. "
+        f"{once.values} values are kept ({once.kept_bytes:,} bytes), {once.checked_bytes:,} bytes checked per call; "
+        f"changing from call to call: {', '.join(once.varying)}"
+    )
 
 
 def _plans(out: Console, report: Report) -> None:

@@ -68,6 +68,12 @@ def calls(graph: fx.Graph) -> list[fx.Node]:
     return [n for n in graph.nodes if n.op == "call_function"]
 
 
+def parts(graph: fx.Graph) -> tuple[list[fx.Node], list[fx.Node]]:
+    """The calls that run once per generation (marked ``hoisted``), which come first, and those of every step."""
+    once = [n for n in calls(graph) if n.meta.get("hoisted")]
+    return once, [n for n in calls(graph) if not n.meta.get("hoisted")]
+
+
 def play(order: Sequence[fx.Node], tasks: Tasks) -> Played:
     """What the nodes take in this order."""
     run = _Run(tasks, order)
@@ -148,12 +154,11 @@ def _reason(waited: float, queued: float, travel: float) -> str:
     return "all that is left to run needs it"
 
 
-def listed(graph: fx.Graph, tasks: Tasks, bound: float = float("inf")) -> list[fx.Node]:
-    """An order of the graph's nodes that hides exchanges, if anything can.
+def listed(nodes: list[fx.Node], tasks: Tasks, bound: float = float("inf")) -> list[fx.Node]:
+    """An order of nodes of a graph that hides exchanges, if anything can; what other nodes give is there.
 
     ``bound``: bytes alive at once, above which nodes come in the order that they have (which frees what it frees).
     """
-    nodes = calls(graph)
     ways, feeds = _ways(nodes, tasks), _feeds(nodes, tasks)
     found = []
     for priority in ({n: (-ways[n], 0.0) for n in nodes}, {n: (feeds[n], -ways[n]) for n in nodes}):

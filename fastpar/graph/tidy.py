@@ -24,19 +24,19 @@ def tidy(gm: fx.GraphModule) -> None:
     that give back a piece of a concatenation. Strides stay what ``meta["val"]``
     says, and results that are new tensors stay new. Linear in the number of nodes.
     """
-    escaping = _escaping(gm.graph)
+    escapes = escaping(gm.graph)
     for node in list(gm.graph.nodes):
         if node.op != "call_function" or replace_attention(node, lambda n: n.meta["val"].dim()):
             continue
         _plain_arguments(node)
-        same = _same_as(node, node in escaping)
+        same = _same_as(node, node in escapes)
         if same is not None:
             node.replace_all_uses_with(same)
             gm.graph.erase_node(node)
     dead_code(gm.graph)
 
 
-def _escaping(graph: fx.Graph) -> set[fx.Node]:
+def escaping(graph: fx.Graph) -> set[fx.Node]:
     """Nodes whose memory the caller gets: outputs, and what outputs are views of."""
     found: set[fx.Node] = set()
     for node in graph.output_node().all_input_nodes:

@@ -16,13 +16,12 @@ from torch import fx
 
 from fastpar.core.mesh import Mesh
 from fastpar.graph.count import messages
-from fastpar.graph.roofline import local_shape
+from fastpar.graph.roofline import is_view, local_shape
 from fastpar.graph.schedule import Task, calls
 from fastpar.ops.collectives import COLLECTIVES, all_reduce
 from fastpar.plan.clock import seconds
 from fastpar.plan.predict import LINKS, MEMORY
 from fastpar.plan.topology import Topology, detect, load
-from fastpar.plan.workload import is_view
 
 Messages = tuple[np.ndarray, np.ndarray, np.ndarray]
 

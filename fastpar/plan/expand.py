@@ -42,7 +42,7 @@ def pipeline_text(plan: Plan, schedule: bool = True) -> str:
     if plan.fp8:
         _quantizes(plan)
         steps.append(Quantize(plan.fp8).spec())
-    return ",".join([*steps, "lower", *(["overlap"] if schedule else [])])
+    return ",".join([*steps, "lower", "hoist", *(["overlap"] if schedule else [])])
 
 
 def _quantizes(plan: Plan) -> None:

@@ -9,7 +9,6 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from operator import getitem
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from torch import fx
 
 from fastpar.graph.count import carrying, node_flops
 from fastpar.graph.program import Program
-from fastpar.graph.roofline import node_bytes, reads
+from fastpar.graph.roofline import is_view, node_bytes, reads
 from fastpar.rules import Call
 from fastpar.sharding.candidates import find, find_batch, is_attention
 
@@ -148,15 +147,6 @@ def _attention(node: fx.Node, marks: dict[fx.Node, set[int]], chosen: set[fx.Nod
 
 def _counted(a: Attention, n: int) -> Attention:
     return Attention(a.batch, a.heads, a.key_heads, a.queries, a.keys, a.width, a.itemsize, a.split, n)
-
-
-def is_view(node: fx.Node) -> bool:
-    """Whether the operator only looks at its operand in another way."""
-    target = node.target
-    if target is getitem:
-        return True
-    returns = getattr(getattr(target, "_schema", None), "returns", ())
-    return any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
 
 
 def _static(graph: fx.Graph, kinds: Mapping[fx.Node, str]) -> set[fx.Node]:

@@ -1,8 +1,8 @@
-"""The compiled artefact: named programs, the state between them, and which one a call runs.
+"""The compiled artefact: named programs, the state between them, and how a call runs them.
 
-A synchronous plan has one program and no state. Displaced plans have three (synchronous,
-first displaced, steady) over one state; the shape is here from the start so that every
-caller already goes through the selector.
+A plan without state has one program, ``step``. Where the pass ``hoist`` found something there are three: ``prologue``
+gives the state, ``step`` takes it after its inputs, and ``check`` tells whether it is still the right one
+(``fastpar.run.hoisted``).
 """
 
 from __future__ import annotations
@@ -16,24 +16,28 @@ Runner = Callable[[list[Any]], Sequence[Any]]
 
 @dataclass(frozen=True)
 class StateSpec:
-    """A buffer that lives between calls: its name, local shape and dtype."""
+    """A tensor that lives between calls: its name, this rank's shape and strides, and dtype."""
 
     name: str
     shape: tuple[int, ...]
+    stride: tuple[int, ...]
     dtype: Any
 
 
-def _only(programs: Mapping[str, Runner]) -> str:
-    return next(iter(programs))
+def _step(artefact: Artefact, args: list[Any]) -> Sequence[Any]:
+    return artefact.programs["step"](args)
 
 
 @dataclass
 class Artefact:
-    """What one compile leaves behind: callable on the flat inputs of the captured graph."""
+    """What one compile leaves behind: callable on the flat inputs of the captured graph.
+
+    ``select(artefact, args)`` runs those of the programs that the call needs, and gives the outputs.
+    """
 
     programs: Mapping[str, Runner]
     state: tuple[StateSpec, ...] = ()
-    select: Callable[[Mapping[str, Runner]], str] = field(default=_only)
+    select: Callable[[Artefact, list[Any]], Sequence[Any]] = field(default=_step)
 
     def __call__(self, args: list[Any]) -> Sequence[Any]:
-        return self.programs[self.select(self.programs)](args)
+        return self.select(self, args)

@@ -7,7 +7,8 @@ line all take: plan -> mesh and pipeline -> passes -> localise.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastpar.core.errors import OptionError, PlanError
@@ -16,8 +17,10 @@ from fastpar.core.plan import Plan
 from fastpar.graph.check import check
 from fastpar.graph.pipeline import Callback, PassContext, Pipeline, callbacks
 from fastpar.graph.program import Program
+from fastpar.passes.hoist import Hoist
 from fastpar.passes.hold import Hold
 from fastpar.passes.localise import Localise
+from fastpar.passes.overlap import Overlap
 from fastpar.plan.durations import durations
 from fastpar.plan.expand import IMPLEMENTED, mesh_for, pipeline_text
 from fastpar.plan.planner import Choice, choose
@@ -45,6 +48,19 @@ class Built:
     def dealt(self) -> str | None:
         """The mesh axis along which whole calls are dealt to the ranks (``fastpar.run.stream``), if any."""
         return self.lowered.gm.meta.get("dealt")
+
+    def hoisted_anew(self, varying: Collection[str]) -> Built:
+        """The same with these inputs among the varying ones, by name: fewer operators are hoisted."""
+        known = self.lowered.gm.meta.get("varying", ())
+        hoist = next(p for p in self.pipeline.passes if isinstance(p, Hoist))
+        hoist = replace(hoist, varying=(*known, *sorted(set(varying) - set(known))))
+        passes = tuple(hoist if isinstance(p, Hoist) else p for p in self.pipeline.passes)
+        costs = durations(self.mesh, self.choice.topology if self.choice is not None else None)
+        again = Pipeline(tuple(p for p in passes if isinstance(p, (Hoist, Overlap))))
+        lowered = self.lowered.copy()
+        lowered.stage = "lowered"
+        lowered = again.run(lowered, PassContext(mesh=self.mesh, plan=self.plan, costs=costs))
+        return replace(self, lowered=lowered, pipeline=Pipeline(passes))
 
     def localise(self, rank: int, groups: dict[tuple[str, ...], str] | None = None) -> Program:
         """The program of one rank; ``groups`` maps mesh axes to names of process groups."""

@@ -77,6 +77,30 @@ class ExposedRow:
     reason: str
 
 
+@dataclass(frozen=True)
+class Hoisted:
+    """What is computed once per generation and stream (pass ``hoist``), and what later calls hence leave out.
+
+    ``flops_share`` is of eager's FLOPs, ``bytes`` leave the busiest rank, ``collectives`` is how many. For it a rank
+    keeps ``values`` tensors of ``kept_bytes`` per stream, and checks ``checked_bytes`` of inputs and weights on every
+    call. ``varying`` are the inputs that are taken to change from step to step.
+    """
+
+    flops_share: float = 0.0
+    bytes: int = 0
+    collectives: int = 0
+    values: int = 0
+    kept_bytes: int = 0
+    checked_bytes: int = 0
+    varying: tuple[str, ...] = ()
+
+    def __add__(self, other: Hoisted) -> Hoisted:
+        """Of two graphs of one model."""
+        numbers = [f.name for f in dataclasses.fields(self) if f.name != "varying"]
+        summed = {name: getattr(self, name) + getattr(other, name) for name in numbers}
+        return Hoisted(**summed, varying=tuple(dict.fromkeys(self.varying + other.varying)))
+
+
 @dataclass
 class Report:
     """Result of ``verify`` (all fields) or ``explain`` (those that need no run).
@@ -86,13 +110,15 @@ class Report:
     FLOPs: ``flops_share`` is the busiest rank's, 1/N is perfect; ``time_share`` is the same of the
     seconds that products and reductions take on a roofline, communication not counted. Of several graphs
     they are those of all together, weighted by ``eager_flops`` and ``eager_time`` (eager's FLOPs, and its
-    seconds on the roofline). Bytes are per step (one call of the model) and leave a rank for others;
+    seconds on the roofline). Bytes are per call of the model and leave a rank for others;
     ``bytes_per_rank`` is the largest rank's, ``bytes_formula`` the plan's closed form: ``formula``, with what its
-    symbols stand for in ``symbols``. ``collectives_formula`` is the number of collectives by it, before
-    messages are joined. With a topology,
-    ``links`` has what crosses each class of links, ``predicted`` the seconds of this plan's program on the virtual
-    clock (in all, computing, communicating, exposed), and ``plans`` every plan that was weighed.
-    ``orders`` are those that ``overlap`` weighed, the one that it took first; ``exposed`` what nothing hides in it.
+    symbols stand for in ``symbols``. ``collectives_formula`` is the number of collectives by it, before messages are
+    joined. These are the numbers of a generation's first call; ``hoisted`` is what of it later calls leave out, and
+    ``step_flops_share``, ``step_bytes_per_rank`` and ``step_collectives`` (how many) what they are left with.
+    With a topology, ``links`` has what crosses each class of links, ``predicted`` the seconds of this plan's program
+    on the virtual clock (in all, computing, communicating, exposed), and ``plans`` every plan that was weighed.
+    ``orders`` are those that ``overlap`` weighed for later calls, the one that it took first; ``exposed`` what nothing
+    hides in it.
     """
 
     plan: str
@@ -114,6 +140,7 @@ class Report:
     collectives: list[Collective] = field(default_factory=list)
     bytes_per_rank: int = 0
     bytes_formula: int = 0
+    hoisted: Hoisted = field(default_factory=Hoisted)
     formula: str = ""
     symbols: list[dict[str, int]] = field(default_factory=list)
     collectives_formula: int = 0
@@ -126,9 +153,22 @@ class Report:
     orders: list[OrderRow] = field(default_factory=list)
     exposed: list[ExposedRow] = field(default_factory=list)
 
+    @property
+    def step_flops_share(self) -> float:
+        return self.flops_share - self.hoisted.flops_share
+
+    @property
+    def step_bytes_per_rank(self) -> int:
+        return self.bytes_per_rank - self.hoisted.bytes
+
+    @property
+    def step_collectives(self) -> int:
+        return sum(c.count for c in self.collectives) - self.hoisted.collectives
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return dataclasses.asdict(self)
+        steps = ("step_flops_share", "step_bytes_per_rank", "step_collectives")
+        return {**dataclasses.asdict(self), **{name: getattr(self, name) for name in steps}}
 
     def __bool__(self) -> bool:
         return bool(self.ok)

@@ -1,18 +1,30 @@
-"""Streams: the calls of a model within one step of the sampler, dealt to halves of the ranks.
+"""Generations and streams: which run of a sampler a call belongs to, and which call of a step it is.
 
-Where guidance runs as separate calls (with the prompt, without it), ``cfg=2`` deals them: call k is run by
+A *generation* is one sampling run, a *stream* one of the calls of a model within a step (with the prompt, without
+it, ...). What outlives a call is kept per generation and stream, and goes with them.
+
+Which generation a call belongs to, the user says (``generation()``); outside of that all calls are one. Which stream
+it is, its own arguments say: a prompt is the same tensor in every step, and another one in another stream. So it
+does not matter how many calls a step has, whether two models take turns, whether a run was aborted in the middle of a
+step, or whether two runs are interleaved.
+
+Where guidance runs as separate calls, ``cfg=2`` deals them: call k is run by
 half k mod 2 only, and its result travels to the other half while that one runs its own call; it is waited
 for on first use (DistriFusion, section 4.3, and xDiT's CFG parallelism split guidance; both need a pipeline
-that passes both branches at once, here it stays as it is).
+that passes both branches at once, here it stays as it is). Calls are counted per generation and per frame that
+Dynamo compiles, over all shapes: two prompts of different length are two programs, and still two calls of one model.
 
-Calls are counted per frame that Dynamo compiles, over all shapes: two prompts of different length are two
-programs, and still two calls of one model.
+Every decision here follows from what all ranks have in common: the order of calls, which tensor objects come again,
+how often they were written to. Where an allocator has put a tensor is not among these: that is each rank's own
+affair, and ranks that decided differently would wait for each other forever.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+import weakref
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Sequence
+from contextvars import ContextVar, Token
 from typing import Any
 
 import torch
@@ -24,17 +36,147 @@ from fastpar.graph.program import Program
 from fastpar.run.artefact import Runner
 
 _C10D = torch.ops._c10d_functional
-_calls: dict[Any, int] = defaultdict(int)
+
+STREAMS = 4
+"""Streams that one generation keeps for one graph; the one that was not used for longest makes room."""
+PATIENCE = 2 * STREAMS
+"""An input that was another one in so many calls in a row, none of which could use what was kept, varies."""
+
+
+class Generation:
+    """One sampling run. A context: calls inside belong to it. It may be entered again, so runs can take turns."""
+
+    def __init__(self) -> None:
+        self.calls: dict[Any, int] = defaultdict(int)  # per frame that Dynamo compiles
+        self._streams: weakref.WeakKeyDictionary[Any, Streams] = weakref.WeakKeyDictionary()
+        self._entered: list[Token[Generation]] = []
+
+    def streams(self, owner: object) -> Streams:
+        """The streams of one compiled graph; they go when it or this generation goes."""
+        if owner not in self._streams:
+            self._streams[owner] = Streams()
+        return self._streams[owner]
+
+    def __enter__(self) -> Generation:
+        self._entered.append(_current.set(self))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        _current.reset(self._entered.pop())
+
+
+_current: ContextVar[Generation] = ContextVar("generation", default=Generation())  # noqa: B039  (all calls outside)
+
+
+def generation() -> Generation:
+    """A context for one run of your own sampling loop, on every rank alike::
+
+        with fastpar.generation():
+            for t in times:
+                latents = step(model(latents, t, prompt), latents)
+
+    What is computed once per generation is computed anew inside, and its memory is free when the context is. It
+    is never needed for right results: without it, calls find by their inputs what they can use. Runs that take
+    turns each enter an object of their own, again and again.
+    """
+    return Generation()
+
+
+def current_generation() -> Generation:
+    """The generation that calls of this thread belong to; one for all calls outside of any."""
+    return _current.get()
+
+
+class Stream:
+    """The calls that have the same stable inputs, and what is kept for them.
+
+    The inputs are held weakly: when one goes, no call can come with it any more, and ``values`` are let go.
+    """
+
+    def __init__(self, inputs: Sequence[torch.Tensor], values: Sequence[torch.Tensor], sums: Any) -> None:
+        self.values: Sequence[torch.Tensor] | None = values
+        self.sums = sums
+        self.inputs = [(_weakly(t, self), version(t)) for t in inputs]
+
+    def differs(self, inputs: Sequence[torch.Tensor]) -> set[int]:
+        """Numbers of the inputs that are other tensors than this stream's, or were written to."""
+        pairs = zip(self.inputs, inputs, strict=True)
+        return {i for i, ((ref, v), t) in enumerate(pairs) if ref() is not t or v != version(t)}
+
+    def outdated(self, inputs: Sequence[torch.Tensor]) -> bool:
+        """Whether one of its inputs has been written to since: no call will come with what it was."""
+        pairs = zip(self.inputs, inputs, strict=True)
+        return any(ref() is t and v != version(t) for (ref, v), t in pairs)
+
+    def let_go(self) -> None:
+        self.values = self.sums = None
+
+
+class Streams:
+    """The streams of one graph in one generation."""
+
+    def __init__(self) -> None:
+        self.kept: list[Stream] = []  # the one that was used last stands last
+        self._new: Counter[int] = Counter()
+
+    def find(self, inputs: Sequence[torch.Tensor]) -> Stream | None:
+        """The stream whose stable inputs are these very tensors."""
+        for stream in reversed(self.kept):
+            if not stream.differs(inputs):
+                self.kept.remove(stream)
+                self.kept.append(stream)
+                return stream
+        return None
+
+    def unknown(self, inputs: Sequence[torch.Tensor]) -> set[int]:
+        """Numbers of the inputs that no stream has."""
+        out = set(range(len(inputs)))
+        for stream in self.kept:
+            out &= stream.differs(inputs)
+        return out
+
+    def came(self) -> None:
+        """A call could use what was kept."""
+        self._new.clear()
+
+    def missed(self, new: Collection[int]) -> set[int]:
+        """A call could not, for its inputs number ``new`` were new. Returns those that have been so too often."""
+        self._new = Counter({i: self._new[i] + 1 for i in new})
+        return {i for i, times in self._new.items() if times >= PATIENCE}
+
+    def add(self, stream: Stream, inputs: Sequence[torch.Tensor]) -> None:
+        """Keep a stream, in the place of one with the same inputs or with older contents of one of them."""
+        # One whose inputs are gone still counts: when they go, the garbage collector of each rank decides.
+        others = [s for s in self.kept if s.differs(inputs) and not s.outdated(inputs)]
+        self.kept = [*others[-STREAMS + 1 :], stream]
+
+
+def version(tensor: torch.Tensor) -> int | None:
+    """How often a tensor was written to, by its own account; inference tensors keep none."""
+    return None if tensor.is_inference() else tensor._version
+
+
+def _weakly(tensor: torch.Tensor, stream: Stream) -> weakref.ref[torch.Tensor]:
+    mine = weakref.ref(stream)
+
+    def gone(_: object) -> None:
+        held = mine()
+        if held is not None:
+            held.let_go()
+
+    return weakref.ref(tensor, gone)
 
 
 def frame_counter() -> Callable[[], int]:
-    """Number of the next call of the frame that is being compiled, equal on all ranks; every use counts one."""
+    """Number of the next call, within its generation, of the frame that is being compiled, equal on all ranks; every
+    use counts one."""
     compiling = CompileContext.current_compile_id()
     frame = compiling.frame_id if compiling is not None else None
 
     def following() -> int:
-        _calls[frame] += 1
-        return _calls[frame] - 1
+        calls = current_generation().calls
+        calls[frame] += 1
+        return calls[frame] - 1
 
     return following
 

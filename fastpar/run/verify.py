@@ -25,6 +25,7 @@ from fastpar.graph.capture import Captured, Inputs, Recorded, call_arguments, ca
 from fastpar.graph.check import check_order
 from fastpar.graph.count import Collective, attainable, bytes_crossing, bytes_per_rank, collectives, flops, node_flops
 from fastpar.graph.program import Program, source_line, target_name
+from fastpar.graph.prologue import split
 from fastpar.plan import clock
 from fastpar.plan.formula import Volume, dealt_bytes, volume
 from fastpar.plan.predict import predict
@@ -39,7 +40,7 @@ from fastpar.run.compare import (
     same_bits,
 )
 from fastpar.run.diverge import first_difference
-from fastpar.run.report import ExposedRow, FallbackReport, LinkRow, OrderRow, PlanRow, Replicated, Report
+from fastpar.run.report import ExposedRow, FallbackReport, Hoisted, LinkRow, OrderRow, PlanRow, Replicated, Report
 from fastpar.run.rounded import rounded, rounds
 from fastpar.sharding.candidates import find, find_batch
 
@@ -178,6 +179,7 @@ def _explained(built: Built) -> Report:
         collectives=collectives(built.lowered) + _dealt(built),
         bytes_per_rank=max(bytes_per_rank(built.lowered)) // deal + sum(c.bytes for c in _dealt(built)),
         bytes_formula=form.bytes,
+        hoisted=_hoisted(built, eager, deal),
         formula=form.text,
         symbols=form.values,
         collectives_formula=form.collectives,
@@ -185,6 +187,27 @@ def _explained(built: Built) -> Report:
         **_timed(built, form),
         **_ordered(built),
         notes=list(map(str, built.notes)),
+    )
+
+
+def _hoisted(built: Built, eager: int, deal: int) -> Hoisted:
+    parts = split(built.lowered)
+    varying = tuple(built.lowered.gm.meta.get("varying", ()))
+    if parts is None:
+        return Hoisted(varying=varying)
+
+    def held(nodes: Sequence[Any]) -> int:
+        ranks = range(built.mesh.ranks)
+        return max(sum(roofline.node_bytes(n, roofline.local_shape(n, built.mesh, r)) for n in nodes) for r in ranks)
+
+    return Hoisted(
+        flops_share=(max(flops(built.lowered)) - max(flops(parts.step))) / eager / deal if eager else 0.0,
+        bytes=(max(bytes_per_rank(built.lowered)) - max(bytes_per_rank(parts.step))) // deal,
+        collectives=sum(c.count for c in collectives(parts.prologue)),
+        values=len(parts.kept),
+        kept_bytes=held(parts.kept),
+        checked_bytes=held(parts.prologue.placeholders),
+        varying=varying,
     )
 
 
@@ -312,6 +335,9 @@ def _join(a: Report, b: Report) -> Report:
         replace(x, bytes=x.bytes + y.bytes, formula=x.formula + y.formula)
         for x, y in zip(a.links, b.links, strict=True)
     ]
+    hoisted = [replace(x.hoisted, flops_share=x.hoisted.flops_share * f / max(1, sum(flops)))
+               for x, f in ((a, flops[0]), (b, flops[1]))]  # fmt: skip
+    a.hoisted = hoisted[0] + hoisted[1]
     a.notes += [n for n in b.notes if n not in a.notes]
     a.seconds = {k: a.seconds.get(k, 0) + b.seconds.get(k, 0) for k in {*a.seconds, *b.seconds}}
     return a

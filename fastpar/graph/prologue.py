@@ -1,0 +1,95 @@
+"""A program in two: the *prologue*, which the pass ``hoist`` has marked, and the *step*, which takes what it gives.
+
+The runtime runs the first once per generation and stream and the second on every call; reports count them apart.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from fastpar.graph.program import Input, Program, module_of
+
+
+@dataclass(frozen=True)
+class Parts:
+    """``prologue`` takes the program's inputs number ``reads`` and gives the values that are kept; ``step`` takes all
+    the program's inputs, and then those values (kind ``state``), and gives the program's outputs."""
+
+    prologue: Program
+    step: Program
+    reads: tuple[int, ...]
+
+    @property
+    def kept(self) -> list[fx.Node]:
+        """The step's placeholders for values of the prologue."""
+        return self.step.placeholders[len(self.step.inputs) - len(self.prologue.outputs) :]
+
+
+def split(program: Program) -> Parts | None:
+    """The two parts of a lowered or localised program; None where nothing is marked."""
+    marked = {n for n in program.graph.nodes if n.meta.get("hoisted")}
+    if not marked:
+        return None
+    kept = [n for n in program.graph.nodes if n in marked and any(user not in marked for user in n.users)]
+    given = program.placeholders
+    read = {n for node in marked for n in node.all_input_nodes if n.op == "placeholder"}
+    reads = tuple(i for i, n in enumerate(given) if n in read)
+
+    first = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    constants = {n for node in marked for n in node.all_input_nodes if n.op == "get_attr"}
+    for node in program.graph.nodes:
+        if node in marked or node in constants or node in read:
+            env[node] = first.node_copy(node, lambda n: env[n])
+    first.output(tuple(env[n] for n in kept))
+
+    second, env = fx.Graph(), {}
+    for node in given:
+        env[node] = second.node_copy(node)
+    for i, node in enumerate(kept):
+        env[node] = second.placeholder(f"kept_{i}")
+        env[node].meta = {k: v for k, v in node.meta.items() if k != "hoisted"}
+    for node in program.graph.nodes:
+        if node not in marked and node not in env:
+            env[node] = second.node_copy(node, lambda n: env[n])
+    state = tuple(Input(n.name, "state") for n in kept)
+    return Parts(
+        _part(program, first, tuple(program.inputs[i] for i in reads), "Prologue"),
+        _part(program, second, (*program.inputs, *state), "Step"),
+        reads,
+    )
+
+
+def _part(program: Program, graph: fx.Graph, inputs: tuple[Input, ...], name: str) -> Program:
+    return replace(program, gm=module_of(program.gm, graph, name), inputs=inputs, notes=list(program.notes))
+
+
+def local_values(parts: Parts) -> None:
+    """Give the step of a localised program the shapes and strides that this rank's values of the prologue have.
+
+    (``meta["val"]`` is global, also in the program of one rank.)
+    """
+    values = [n.meta["val"] for n in parts.prologue.placeholders]
+    given = [n.meta.get("val") for n in parts.step.placeholders]
+    mode = next((v.fake_mode for v in given if isinstance(v, FakeTensor)), None) or FakeTensorMode()
+    with mode, torch.no_grad():
+        made = _Fake(parts.prologue.gm, mode).run(*values)
+    for node, value in zip(parts.kept, made, strict=True):
+        node.meta["val"] = value
+
+
+class _Fake(fx.Interpreter):
+    """Runs a graph on fake tensors; its constants are real."""
+
+    def __init__(self, gm: fx.GraphModule, mode: Any) -> None:
+        super().__init__(gm)
+        self.mode = mode
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        value = super().get_attr(target, args, kwargs)
+        return self.mode.from_tensor(value) if isinstance(value, torch.Tensor) else value

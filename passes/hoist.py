@@ -1,0 +1,274 @@
+"""``hoist``: what does not change between the steps of a sampler comes first, and is marked.
+
+Keys and values of a prompt, caption projections, position tables, and what is sent for them, depend on weights,
+constants and inputs that stay the same over the steps. The pass moves these operators to the front and marks them
+``meta["hoisted"]``. The result is still one program that computes the same; the runtime cuts it at the marks
+(``fastpar.graph.prologue``) and runs the front, the *prologue*, once per generation and stream.
+
+Which inputs stay the same is a guess that costs nothing but time where it is wrong: at run time the prologue is run
+again whenever an input that it reads has changed (``fastpar.run.hoisted``).
+
+The values that are handed over are kept on the device, so some are made again on every call instead: views,
+constants, copies that are larger than what they copy, and other forms of a weight (a cast, a dequantised one), which
+would be a second copy of the model. Past ``limit`` go those with the fewest FLOPs behind a byte.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from operator import getitem
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from fastpar.graph.count import node_flops
+from fastpar.graph.pipeline import Pass, PassContext
+from fastpar.graph.program import Program
+from fastpar.graph.roofline import is_view, local_shape, node_bytes, reads
+from fastpar.graph.tidy import escaping
+from fastpar.ops.collectives import COLLECTIVES
+from fastpar.ops.join import join
+
+aten = torch.ops.aten
+_COPIES = {aten.clone.default, aten._to_copy.default, aten.repeat.default, aten.expand_copy.default}
+_PACKED = 16  # most values that one element of a packed weight stands for (2 bits in 32)
+
+
+@dataclass(frozen=True)
+class Hoist(Pass):
+    """Moves to the front what depends on weights, constants and inputs that are not ``varying``.
+
+    ``varying`` names inputs (``latents``, ``added.0``; weights too); by default they are guessed (``guess``).
+    ``limit`` is how many MiB a rank may keep for one stream.
+    """
+
+    name: ClassVar[str] = "hoist"
+    stage_in: ClassVar[str] = "lowered"
+
+    varying: tuple[str, ...] | None = None
+    limit: int = 1024
+
+    def apply(self, program: Program, ctx: PassContext) -> Program:
+        graph = program.graph
+        varying = guess(program) if self.varying is None else self.varying
+        missing = sorted(set(varying) - {i.name for i in program.inputs})
+        if missing:  # no error: of a model with graph breaks, each graph has some of the inputs
+            ctx.notes.append(f"hoist: {', '.join(missing)} not among the inputs of this graph: "
+                             f"{', '.join(i.name for i in program.inputs if i.kind == 'user')}")  # fmt: skip
+        for node in graph.nodes:
+            node.meta.pop("hoisted", None)
+        given = _given(program, varying)
+        _divide_exchanges(graph, given)
+        _merge_equal(graph, given)
+        front, again = _front(program, given, self.limit << 20)
+        if _pays(front):
+            _move(graph, front, again)
+        program.gm.meta["varying"] = tuple(varying)
+        graph.lint()
+        program.gm.recompile()
+        return program
+
+
+def guess(program: Program) -> tuple[str, ...]:
+    """Names of the user's inputs that probably change from step to step.
+
+    Those with at most one element per batch item (a time, a guidance scale), and those shaped like an output, but
+    for the channels: the sample, with what is concatenated to it, and residuals of a ControlNet. Where none is, the
+    largest stands for the sample.
+    """
+    outputs = [o.meta["val"] for o in program.outputs if isinstance(o, fx.Node)]
+    shapes = [tuple(v.shape) for v in outputs if isinstance(v, torch.Tensor) and v.dim() > 1]
+    batch = max((s[0] for s in shapes), default=1)
+    users = [(i.name, n.meta.get("val")) for i, n in zip(program.inputs, program.placeholders, strict=True)
+             if i.kind == "user"]  # fmt: skip
+    small = [name for name, v in users if not isinstance(v, torch.Tensor) or v.numel() <= batch]
+    large = {name: tuple(v.shape) for name, v in users if name not in small}
+    samples = [name for name, shape in large.items() if any(_like(shape, s) for s in shapes)]
+    if large and not samples:
+        samples = [max(large, key=lambda name: math.prod(large[name]))]
+    return tuple(dict.fromkeys([*samples, *small]))
+
+
+def _like(shape: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    """Equal shapes but for one dimension that can be channels: the last, or any after the batch of an image."""
+    if len(shape) != len(other):
+        return False
+    apart = [d for d, (a, b) in enumerate(zip(shape, other, strict=True)) if a != b]
+    return not apart or (len(apart) == 1 and (apart[0] == len(shape) - 1 or (len(shape) > 3 and apart[0] > 0)))
+
+
+def _given(program: Program, varying: Collection[str]) -> set[fx.Node]:
+    """What stays the same and costs nothing to have: stable inputs and constants. A number always varies."""
+    stable = {
+        n for n, i in zip(program.placeholders, program.inputs, strict=True)
+        if i.name not in varying and isinstance(n.meta.get("val"), torch.Tensor)
+    }  # fmt: skip
+    return stable | {n for n in program.graph.nodes if n.op == "get_attr"}
+
+
+def _fixed(graph: fx.Graph, given: set[fx.Node]) -> dict[fx.Node, None]:
+    """Operators, in order, that depend on nothing else."""
+    fixed: dict[fx.Node, None] = {}
+    for node in graph.nodes:
+        tags = getattr(node.target, "tags", ())
+        if node.op == "call_function" and torch.Tag.nondeterministic_seeded not in tags and not node.is_impure():
+            if all(n in given or n in fixed for n in node.all_input_nodes):
+                fixed[node] = None
+    return fixed
+
+
+def _divide_exchanges(graph: fx.Graph, given: set[fx.Node]) -> None:
+    """An exchange of several values becomes two where some of them are fixed and others are not."""
+    for node in [n for n in graph.nodes if n.target in COLLECTIVES]:
+        fixed = _fixed(graph, given)
+        values: Any = node.args[0]
+        chosen = [i for i, x in enumerate(values) if x in fixed or x in given]
+        if not 0 < len(chosen) < len(values):
+            continue
+        users: list[fx.Node] = list(node.users)
+        for part in (chosen, [i for i in range(len(values)) if i not in chosen]):
+            args = tuple([a[i] for i in part] if isinstance(a, (list, tuple)) else a for a in node.args)
+            with graph.inserting_before(node):
+                new = graph.call_function(node.target, args)
+            new.meta = {**node.meta, "layout": tuple(node.meta["layout"][i] for i in part),
+                        "val": [node.meta["val"][i] for i in part]}  # fmt: skip
+            for user in users:
+                if user.args[0] is node and user.args[1] in part:
+                    user.args = (new, part.index(user.args[1]))
+        graph.erase_node(node)
+
+
+def _merge_equal(graph: fx.Graph, given: set[fx.Node]) -> None:
+    """Of fixed operators on the same arguments one is left (each layer takes its rows of one table, say)."""
+    first: dict[str, fx.Node] = {}
+    kept_apart = escaping(graph)
+    for node in _fixed(graph, given):
+        if node in kept_apart:
+            continue
+        key = f"{node.target} {node.args} {node.kwargs}"  # nodes are their names, layouts are text
+        one = first.setdefault(key, node)
+        if one is not node:
+            node.replace_all_uses_with(one)
+            graph.erase_node(node)
+
+
+def _front(
+    program: Program, given: set[fx.Node], limit: int
+) -> tuple[dict[fx.Node, None], set[fx.Node]]:
+    """(the prologue's operators in order, fixed operators that are to be made on every call as well)."""
+    fixed = _fixed(program.graph, given)
+    forms = _weight_forms(program, fixed)
+    # What the caller gets is made anew for him: he may write into it.
+    forced = {n for n in escaping(program.graph) if n in fixed}
+    while True:
+        needed = {n for n in fixed if any(user not in fixed for user in n.users)}
+        kept: list[fx.Node] = []
+        again: set[fx.Node] = set()
+        for node in reversed(fixed):
+            if node not in needed:
+                continue
+            if node in forced or node in forms or _cheap(node):
+                again.add(node)
+                needed |= {n for n in node.all_input_nodes if n in fixed}
+            else:
+                kept.append(node)
+        over = sum(_bytes(program, n) for n in kept) - limit
+        if over <= 0:
+            break
+        for node in sorted(kept, key=lambda n: _worth(program, n, fixed, kept)):
+            forced.add(node)
+            over -= _bytes(program, node)
+            if over <= 0:
+                break
+    front: set[fx.Node] = set(kept)
+    for node in reversed(fixed):
+        if node in front:
+            front |= {n for n in node.all_input_nodes if n in fixed}
+    return {n: None for n in fixed if n in front}, again
+
+
+def _bytes(program: Program, node: fx.Node) -> int:
+    """Bytes on the busiest rank."""
+    mesh = program.mesh
+    return max(node_bytes(node, local_shape(node, mesh, rank)) for rank in range(mesh.ranks))
+
+
+def _worth(program: Program, node: fx.Node, fixed: Iterable[fx.Node], kept: list[fx.Node]) -> float:
+    """FLOPs per byte that keeping a value saves; those behind other kept values are not its own."""
+    todo, seen, flops, others = [node], {node}, 0, set(kept)
+    while todo:
+        at = todo.pop()
+        flops += node_flops(at, lambda n: local_shape(n, program.mesh, 0))
+        new = {n for n in at.all_input_nodes if n in fixed and n not in seen and n not in others}
+        seen |= new
+        todo += new
+    return flops / max(1, _bytes(program, node))
+
+
+def _weight_forms(program: Program, fixed: Iterable[fx.Node]) -> set[fx.Node]:
+    """Values that are another form of a weight: made from it element by element, and of its size."""
+    forms: dict[fx.Node, int] = {  # to elements of the weight
+        n: n.meta["val"].numel() for n, i in zip(program.placeholders, program.inputs, strict=True)
+        if i.kind in ("parameter", "buffer") and isinstance(n.meta.get("val"), torch.Tensor)
+    }  # fmt: skip
+    weights = set(forms)
+    for node in fixed:
+        value = node.meta.get("val")
+        whole = [forms[n] for n in node.all_input_nodes if n in forms]
+        if not whole or not isinstance(value, torch.Tensor) or reads(node) or node.target in (*COLLECTIVES, join):
+            continue
+        if value.numel() <= _PACKED * max(whole):
+            forms[node] = max(whole)
+    return set(forms) - weights
+
+
+def _cheap(node: fx.Node) -> bool:
+    """Whether a value is only a view, a constant, or a copy that is larger than what it copies."""
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor):
+        return True  # several values: each of them is kept, or a number
+    if node.target is getitem:
+        return False
+    if is_view(node) or not node.all_input_nodes:
+        return True
+    if node.target not in _COPIES:
+        return False
+    source = node.all_input_nodes[0]
+    while is_view(source) and source.target is not getitem:
+        source = source.all_input_nodes[0]
+    before = source.meta.get("val")
+    if not isinstance(before, torch.Tensor):
+        return False
+    return value.numel() * value.element_size() > before.numel() * before.element_size()
+
+
+def _pays(front: Collection[fx.Node]) -> bool:
+    """Whether to bother: every input that is read must be checked on every call, which takes about one kernel."""
+    work = [n for n in front if not is_view(n)]
+    if any(reads(n) or n.target in COLLECTIVES for n in work):
+        return True
+    inputs = {n for node in front for n in node.all_input_nodes if n.op == "placeholder"}
+    return len(work) > len(inputs)
+
+
+def _move(graph: fx.Graph, front: Iterable[fx.Node], again: Collection[fx.Node]) -> None:
+    """``front`` to the front, marked; what is in ``again`` too gets a copy for the rest of the program."""
+    copies: dict[fx.Node, fx.Node] = {}
+    front = dict.fromkeys(front)
+    for node in [n for n in graph.nodes if n in again and n in front]:
+        with graph.inserting_after(node):
+            copies[node] = graph.node_copy(node, lambda n: copies.get(n, n))
+        copies[node].meta = dict(node.meta)
+    made = set(copies.values())
+    for old, new in copies.items():
+        for user in [u for u in old.users if u not in front and u not in made]:
+            user.replace_input_with(old, new)
+    at = graph._root
+    for node in [*(n for n in graph.nodes if n.op in ("placeholder", "get_attr")), *front]:
+        at.append(node)
+        at = node
+        if node in front:
+            node.meta["hoisted"] = True
