@@ -60,7 +60,8 @@ def built(captured: fastpar.Captured, plan: str, topology: str | None = None, **
 
 
 def written(plan: str) -> str:
-    return pipeline_text(Plan.parse(plan), schedule=False)
+    """Up to the order in which exchanges stand where they are needed, nothing hoisted."""
+    return pipeline_text(Plan.parse(plan), schedule=False).removesuffix(",hoist")
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +76,7 @@ def captured() -> fastpar.Captured:
 @pytest.mark.parametrize("box", ["h100-8", "l40-8", "a100-4x8"])
 @pytest.mark.parametrize("plan", PLANS)
 def test_no_order_is_worse_than_what_was_written(captured: fastpar.Captured, plan: str, box: str) -> None:
-    before, after = built(captured, plan, box, passes=written(plan)), built(captured, plan, box)
+    before, after = (built(captured, plan, box, passes=written(plan) + order) for order in ("", ",overlap"))
     assert (before.lowered.stage, after.lowered.stage) == ("lowered", "scheduled")
     costs = durations(before.mesh, box)
     takes = [play(calls(b.lowered.graph), costs.tasks(b.lowered.graph)) for b in (before, after)]
