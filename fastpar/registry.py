@@ -86,6 +86,12 @@ def _quantize() -> type[Pass]:
     return Quantize
 
 
+def _split_weights() -> type[Pass]:
+    from fastpar.passes.split_weights import SplitWeights
+
+    return SplitWeights
+
+
 def _shard() -> type[Pass]:
     from fastpar.passes.shard import Shard
 
@@ -102,6 +108,7 @@ PASSES: dict[str, Callable[[], type[Pass]]] = {
     "cancel": _cancel,
     "quantize": _quantize,
     "lower": _lower,
+    "split-weights": _split_weights,
     "hoist": _hoist,
     "pack": _pack,
     "overlap": _overlap,

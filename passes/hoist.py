@@ -113,32 +113,46 @@ def _fixed(graph: fx.Graph, given: set[fx.Node]) -> dict[fx.Node, None]:
     """Operators, in order, that depend on nothing else."""
     fixed: dict[fx.Node, None] = {}
     for node in graph.nodes:
-        tags = getattr(node.target, "tags", ())
-        if node.op == "call_function" and torch.Tag.nondeterministic_seeded not in tags and not node.is_impure():
-            if all(n in given or n in fixed for n in node.all_input_nodes):
-                fixed[node] = None
+        if _stays(node, given, fixed):
+            fixed[node] = None
     return fixed
+
+
+def _stays(node: fx.Node, given: Collection[fx.Node], fixed: Collection[fx.Node]) -> bool:
+    """Whether an operator gives the same every time, all that it takes being ``given`` or ``fixed``."""
+    if node.op != "call_function" or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+        return False
+    return not node.is_impure() and all(n in given or n in fixed for n in node.all_input_nodes)
 
 
 def _divide_exchanges(graph: fx.Graph, given: set[fx.Node]) -> None:
     """An exchange of several values becomes two where some of them are fixed and others are not."""
-    for node in [n for n in graph.nodes if n.target in COLLECTIVES]:
-        fixed = _fixed(graph, given)
-        values: Any = node.args[0]
+    fixed: set[fx.Node] = set()
+    for node in list(graph.nodes):
+        values: Any = node.args[0] if node.target in COLLECTIVES else ()
         chosen = [i for i, x in enumerate(values) if x in fixed or x in given]
-        if not 0 < len(chosen) < len(values):
-            continue
-        users: list[fx.Node] = list(node.users)
-        for part in (chosen, [i for i in range(len(values)) if i not in chosen]):
-            args = tuple([a[i] for i in part] if isinstance(a, (list, tuple)) else a for a in node.args)
-            with graph.inserting_before(node):
-                new = graph.call_function(node.target, args)
-            new.meta = {**node.meta, "layout": tuple(node.meta["layout"][i] for i in part),
-                        "val": [node.meta["val"][i] for i in part]}  # fmt: skip
-            for user in users:
-                if user.args[0] is node and user.args[1] in part:
-                    user.args = (new, part.index(user.args[1]))
-        graph.erase_node(node)
+        if 0 < len(chosen) < len(values):
+            _divide(graph, node, (chosen, [i for i in range(len(values)) if i not in chosen]), fixed)
+        elif _stays(node, given, fixed):
+            fixed.add(node)
+
+
+def _divide(graph: fx.Graph, node: fx.Node, parts: tuple[list[int], list[int]], fixed: set[fx.Node]) -> None:
+    """An exchange per part of its values, the first of which is fixed."""
+    users: list[fx.Node] = list(node.users)
+    made = []
+    for part in parts:
+        args = tuple([a[i] for i in part] if isinstance(a, (list, tuple)) else a for a in node.args)
+        with graph.inserting_before(node):
+            new = graph.call_function(node.target, args)  # type: ignore[arg-type]
+        new.meta = {**node.meta, "layout": tuple(node.meta["layout"][i] for i in part),
+                    "val": [node.meta["val"][i] for i in part]}  # fmt: skip
+        for user in users:
+            if user.args[0] is node and user.args[1] in part:
+                user.args = (new, part.index(user.args[1]))
+        made.append(new)
+    fixed.add(made[0])
+    graph.erase_node(node)
 
 
 def _merge_equal(graph: fx.Graph, given: set[fx.Node]) -> None:

@@ -38,9 +38,10 @@ class Durations:
 
     def tasks(self, graph: fx.Graph) -> dict[fx.Node, Task]:
         """What every operator of a lowered program takes."""
-        return {node: self._task(node) for node in calls(graph)}
+        return {node: self.task(node) for node in calls(graph)}
 
-    def _task(self, node: fx.Node) -> Task:
+    def task(self, node: fx.Node) -> Task:
+        """What one operator of a lowered program takes."""
         key = (node.target, *map(self._text, (*node.args, node.meta.get("layout"))), *_dtypes(node))
         if key not in self._known:
             self._known[key] = self._measure(node)

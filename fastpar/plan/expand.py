@@ -42,7 +42,10 @@ def pipeline_text(plan: Plan, schedule: bool = True) -> str:
     if plan.fp8:
         _quantizes(plan)
         steps.append(Quantize(plan.fp8).spec())
-    return ",".join([*steps, "lower", "hoist", *(["overlap"] if schedule else [])])
+    steps.append("lower")
+    if not plan.naive:  # whose ranks never talk
+        steps.append("split-weights")
+    return ",".join([*steps, "hoist", *(["overlap"] if schedule else [])])
 
 
 def _quantizes(plan: Plan) -> None:

@@ -81,6 +81,7 @@ def volume(sharded: Program, plan: Plan, mesh: Mesh) -> Volume:
     n = mesh.ranks // deal // (plan.tp or 1)
     out = Volume(_form(plan))
     kinds: Counter[tuple[tuple[str, int], ...]] = Counter()
+    levels = set()  # products whose columns are shared out and gathered together
     for node in sharded.graph.nodes:
         if n > 1 and node.meta.get("split_keys") and node.target in _ATTENTION:
             values, itemsize = _symbols(node, plan, mesh, deal)
@@ -99,6 +100,15 @@ def volume(sharded: Program, plan: Plan, mesh: Mesh) -> Volume:
             sent = cost.elements("sums of products", S=size, t=plan.tp) * value.element_size()
             out.flows.append(Flow(sent / deal, ("tp",)))
             out.collectives += 1
+        elif "columns" in node.meta:
+            level, axes = node.meta["columns"]
+            value, split = node.meta["val"], node.meta["layout"].split_axes
+            size = value.numel() // mesh.size(mesh.ordered(split - set(axes)))  # other ranks have other rows of it
+            kinds[(("E", size), ("N", mesh.size(axes)), ("itemsize", value.element_size()))] += 1
+            sent = cost.elements("outputs", E=size, N=mesh.size(axes)) * value.element_size()
+            out.flows.append(Flow(sent / deal, axes))
+            levels.add((level, axes))
+    out.collectives += len(levels)
     rows = tuple(a for a in mesh.names if a not in (dealt, "tp"))
     for node in set(sharded.graph.output_node().all_input_nodes):
         value = node.meta["val"]

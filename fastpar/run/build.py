@@ -138,7 +138,7 @@ def build(
     if passes is not None:
         _agrees(pipeline, expected, plan)
     if hold and "hold" not in [p.name for p in pipeline.passes]:
-        pipeline = Pipeline(tuple(q for p in pipeline.passes for q in ([p, Hold()] if p.name == "lower" else [p])))
+        pipeline = _holding(pipeline)
     mesh = mesh_for(plan, program.graph, order)
     notes += [f"lossy: {reason}" for reason in plan.lossy]
     costs = durations(mesh, choice.topology if choice is not None else None)
@@ -158,6 +158,13 @@ def build(
     lowered = pipeline.run(start, ctx, callbacks(each))
     notes += [n for n in lowered.notes if n not in notes]
     return Built(program, lowered, mesh, plan, pipeline, notes, seconds, order, choice)
+
+
+def _holding(pipeline: Pipeline) -> Pipeline:
+    """The pipeline with ``hold`` as soon as all slices of weights are there."""
+    passes = list(pipeline.passes)
+    last = max(i for i, p in enumerate(passes) if p.name in ("lower", "split-weights"))
+    return Pipeline((*passes[: last + 1], Hold(), *passes[last + 1 :]))
 
 
 def _agrees(pipeline: Pipeline, expected: Pipeline, plan: Plan) -> None:
