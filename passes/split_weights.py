@@ -24,6 +24,7 @@ from fastpar.core.mesh import Mesh
 from fastpar.graph.pipeline import Pass, PassContext
 from fastpar.graph.program import Program
 from fastpar.graph.roofline import is_view
+from fastpar.graph.tidy import dead_code
 from fastpar.ops.collectives import all_gather, all_to_all, gathers_evenly, local
 from fastpar.rules import Call, Pos, rule_for
 from fastpar.sharding.insert import HEAVY, seed_layout
@@ -69,6 +70,7 @@ class SplitWeights(Pass):
             for one in level:
                 if one not in saves:
                     one.erase(graph)
+        dead_code(graph)  # whole weights that nothing takes any more
         _settle(graph, place)
         graph.lint()
         program.gm.recompile()

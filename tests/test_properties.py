@@ -22,12 +22,15 @@ from hypothesis import strategies as st
 from fastpar.core.errors import PlanError
 from fastpar.core.mesh import Mesh
 from fastpar.core.plan import Plan
+from fastpar.graph.pipeline import Pass
 from fastpar.passes.attention_torus import AttentionTorus
 from fastpar.passes.attention_ulysses import AttentionUlysses
+from fastpar.passes.hoist import Hoist
 from fastpar.passes.overlap import Overlap
 from fastpar.passes.pack import Pack
 from fastpar.passes.quantize import Quantize
 from fastpar.passes.shard import Shard
+from fastpar.passes.split_weights import SplitWeights
 from tests.programs import Recipe, build, recipes
 from tests.prove import Seen, Statistics, Way, prove
 from tests.scatter import PASSES, Scatter
@@ -85,8 +88,9 @@ def scattered(draw: st.DrawFn) -> Way:
     steps.append(draw(st.sampled_from(["attention-ulysses", "attention-gather", "attention-ring", "attention-torus"])))
     if draw(st.booleans()):
         steps.append("cancel")
-    order = draw(st.sampled_from(((), (Pack(),), (Pack(ahead=True),), (Overlap(),), (Overlap(memory=0.0),))))
-    return Way(mesh, ",".join([*steps, "lower", *(p.spec() for p in order)]))
+    after: list[Pass] = [p for p in (SplitWeights(always=True), Hoist()) if draw(st.booleans())]
+    after += draw(st.sampled_from(((), (Pack(),), (Pack(ahead=True),), (Overlap(),), (Overlap(memory=0.0),))))
+    return Way(mesh, ",".join([*steps, "lower", *(p.spec() for p in after)]))
 
 
 def _with_plan(recipe: Recipe, plan: str, shuffle: int) -> Seen:

@@ -102,7 +102,9 @@ def test_whole_keys_are_not_exchanged() -> None:
     x, context = (torch.randn(2, n, 16, dtype=torch.float64) for n in (11, 5))
     captured = hand(4, x, context)
     exact(captured, "ulysses=4", "ring=3", "gather=2")
-    assert sum(c.count for c in fastpar.explain(captured, plan="ulysses=4").collectives if c.why == "attention") == 4
+    for passes, count in (("", 4), (",pack", 2)):
+        report = fastpar.explain(captured, plan="ulysses=4", passes="shard,attention-ulysses,cancel,lower" + passes)
+        assert sum(c.count for c in report.collectives if c.why == "attention") == count
 
 
 # 9. ControlNet's residuals, a list of whole tensors, met split tokens (diffusers 12603 asks for it).
