@@ -46,8 +46,11 @@ class Attention:
 
 @dataclass(frozen=True, eq=False)
 class Workload:
-    """Operators that read memory as arrays (FLOPs, bytes of activations and of weights, whether they carry rows),
-    and what else a plan's cost needs. Bytes and FLOPs are of one call on one device."""
+    """Kinds of operators that read memory as arrays (FLOPs, bytes of activations and of weights, whether they carry
+    rows; ``counts`` of each, ``attends`` for attentions), and what else a plan's cost needs.
+
+    Bytes and FLOPs are of one call on one device. ``pointwise`` is what eager moves besides: bytes of the operators
+    that a compiler would fuse into others, those that carry rows and those that do not."""
 
     attentions: tuple[Attention, ...]
     flops: np.ndarray
@@ -60,10 +63,19 @@ class Workload:
     peak: int  # bytes of activations alive at once
     rows: int
     batch: int  # 1 where there is none to split
+    counts: np.ndarray = None  # type: ignore[assignment]  # one of each where not given
+    attends: np.ndarray = None  # type: ignore[assignment]  # none where not given
+    pointwise: tuple[float, float] = (0.0, 0.0)
+
+    def __post_init__(self) -> None:
+        if self.counts is None:
+            object.__setattr__(self, "counts", np.ones(len(self.flops)))
+        if self.attends is None:
+            object.__setattr__(self, "attends", np.zeros(len(self.flops), dtype=bool))
 
     @property
     def total_flops(self) -> float:
-        return float(self.flops.sum())
+        return float((self.flops * self.counts).sum())
 
 
 def workload(program: Program) -> Workload:
@@ -76,24 +88,28 @@ def workload(program: Program) -> Workload:
     _, carriers = carrying(program, candidates)
     kinds = {n: i.kind for n, i in zip(program.placeholders, program.inputs, strict=True)}
     static = _static(graph, kinds)
-    columns: list[tuple[float, int, int, bool]] = []
+    kinds_of: Counter[tuple[float, int, int, bool, bool]] = Counter()
     attentions: Counter[Attention] = Counter()
     launches = 0
+    fused = {True: 0.0, False: 0.0}
     for node in graph.nodes:
         if node.op != "call_function":
             continue
         launches += _launches(node)
+        operands = set(node.all_input_nodes)
         if not reads(node):
+            if _launches(node):
+                moved = sum(node_bytes(n, _shape(n)) for n in operands) + node_bytes(node, _shape(node))
+                fused[node in carriers] += moved
             continue
         cost = node_flops(node, _shape)
-        operands = set(node.all_input_nodes)
         weights = sum(node_bytes(n, _shape(n)) for n in operands & static)
         moved = sum(node_bytes(n, _shape(n)) for n in operands - static) + node_bytes(node, _shape(node))
-        columns.append((cost, moved, weights, node in carriers))
+        kinds_of[(cost, moved, weights, node in carriers, is_attention(node))] += 1
         if is_attention(node):
             attentions[_attention(node, marks, chosen)] += 1
     batch = find_batch(graph)
-    flops, moved_, weights_, carries = zip(*columns, strict=True) if columns else ((), (), (), ())
+    flops, moved_, weights_, carries, attends = zip(*kinds_of, strict=True) if kinds_of else ((), (), (), (), ())
     return Workload(
         attentions=tuple(_counted(a, n) for a, n in attentions.items()),
         flops=np.array(flops, dtype=np.float64),
@@ -106,6 +122,9 @@ def workload(program: Program) -> Workload:
         peak=_peak(graph, set(kinds)),
         rows=candidates[0].rows if candidates else 1,
         batch=batch.seeds[0].pos.size if batch is not None else 1,
+        counts=np.array(list(kinds_of.values()), dtype=np.float64),
+        attends=np.array(attends, dtype=bool),
+        pointwise=(fused[True], fused[False]),
     )
 
 
@@ -126,11 +145,16 @@ def joined(several: Sequence[Workload]) -> Workload:
         peak=max(w.peak for w in several),
         rows=largest.rows,
         batch=largest.batch,
+        counts=np.concatenate([w.counts for w in several]),
+        attends=np.concatenate([w.attends for w in several]),
+        pointwise=(sum(w.pointwise[0] for w in several), sum(w.pointwise[1] for w in several)),
     )
 
 
 def _shape(node: fx.Node) -> Any:
     value = node.meta.get("val")
+    if isinstance(value, (tuple, list)) and value:  # of several results the first, as in ``node_bytes``
+        value = value[0]
     return tuple(int(s) for s in value.shape) if isinstance(value, torch.Tensor) else value
 
 
