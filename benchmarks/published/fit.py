@@ -11,10 +11,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 from benchmarks.published.latency import Model
-from benchmarks.published.machines import DEVICE, LINK, LINKS, Constants, Name, names, of
+from benchmarks.published.machines import DEVICE, LINK, LINKS, Constants, names, of
 
 PULL = 0.02
 STEPS = (0.3, 0.15, 0.08, 0.04, 0.02)
+AGAIN = STEPS[2:]  # from constants that were fitted to nearly the same rows
 
 Row = Mapping[str, str]
 
@@ -24,13 +25,13 @@ def error(predicted: float, published: float) -> float:
     return predicted / published - 1
 
 
-def fit(model: Model, rows: Sequence[Row], start: Constants | None = None) -> Constants:
+def fit(model: Model, rows: Sequence[Row], start: Constants | None = None, steps: Sequence[float] = STEPS) -> Constants:
     """Constants for these rows, all of which the model can predict."""
     now = start or Constants()
     wanted = names(rows)
     seeing = {name: [i for i, row in enumerate(rows) if name in of(row)] for name in wanted}
     losses = [_loss(model, row, now) for row in rows]
-    for step in STEPS:
+    for step in steps:
         for _ in range(4):
             moved = False
             for name in wanted:
@@ -61,7 +62,7 @@ def without(model: Model, rows: Sequence[Row], device: str, start: Constants) ->
     """Fitted without this device's rows; its constants are its data sheet at the others' mean efficiencies."""
     others = [row for row in rows if row["device"] != device]
     apart = Constants({k: v for k, v in start.values.items() if k[1] != device})
-    fitted = fit(model, others, apart)
+    fitted = fit(model, others, apart, AGAIN)
     known = names(others)
     means = fitted.mean(n for n in known if n[2] in DEVICE or n[2] in LINK)
     values = dict(fitted.values)

@@ -1,9 +1,9 @@
 """Devices and links of the published rows, and the constants that are fitted to them.
 
-A device has three constants (what products and attention reach of its data sheet, and the seconds that the host
-of such machines needs per kernel that Python launches), a kind of link two (what large messages reach of its
-bandwidth, seconds per collective), a software stack one (a factor on its seconds). A constant is kept as its natural logarithm over a common value, ``PRIOR``, from which it moves only where
-rows ask for it.
+A device has three constants (what products and attention reach of its data sheet, and the seconds that the host of
+such machines needs per kernel that Python launches), a kind of link two (what large messages reach of its bandwidth,
+seconds per collective), a software stack one (a factor on its seconds). What no row knows is at a common value, from
+which constants move only where rows ask for it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LINKS = {
     "l20": "PCIe 4", "l40": "PCIe 4", "rtx4090": "PCIe 4, through the host", "rtx5090": "PCIe 5, through the host",
     "rtxpro5000": "PCIe 5", "b200": "NVLink 5", "gb200": "NVLink 5",
 }  # fmt: skip
-HOPPER = ("h100", "h200", "h800", "h20")
+FA3 = ("h100", "h200", "h800")  # Hopper with all its tensor cores: H20's are slow enough for FlashAttention-2
 
 
 @dataclass(frozen=True)
@@ -62,13 +62,20 @@ def names(rows: Iterable[Mapping[str, str]]) -> list[Name]:
     return list(found)
 
 
+def stack(row: Mapping[str, str]) -> str:
+    """The software that ran: xDiT's figures of HunyuanVideo are of the model's own repository, on L20 of diffusers."""
+    if row["model"] == "hunyuanvideo" and row["stack"] == "xdit":
+        return "diffusers" if row["device"] == "l20" else "hunyuanvideo"
+    return row["stack"]
+
+
 def of(row: Mapping[str, str]) -> list[Name]:
     """The constants that one row's prediction needs; a link only where it runs on several devices."""
     device = row["device"]
     out = [("device", device, kind) for kind in DEVICE]
     if int(row["ranks"]) > 1:
         out += [("link", LINKS[device], kind) for kind in LINK]
-    return [*out, ("stack", row["stack"], "stack")]
+    return [*out, ("stack", stack(row), "stack")]
 
 
 class Constants:

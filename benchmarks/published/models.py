@@ -40,14 +40,14 @@ Inputs = Callable[[Size, int], dict[str, Any]]
 class Model:
     """A denoiser: its class, configuration, inputs for a size and a batch, and its stacks of equal blocks:
     name of the argument -> (published depth, blocks that repeat together). ``batched``: guidance is a batch of two.
-    ``real``: on real tensors (of one or two blocks), where the model looks at the values of a mask."""
+    ``valid``: the model looks up which tokens of the text its mask leaves, which fake tensors cannot say: all."""
 
     name: str
     inputs: Inputs
     config: dict[str, Any] = field(default_factory=dict)
     depth: dict[str, tuple[int, int]] = field(default_factory=dict)
     batched: bool = False
-    real: bool = False
+    valid: bool = False
 
 
 def randn(*shape: int) -> torch.Tensor:
@@ -244,11 +244,11 @@ MODELS: dict[str, Model] = {
                guidance=lambda s, b: torch.ones(b)), {"guidance_embeds": True},
         {"num_layers": (20, 1), "num_single_layers": (40, 1)},
     ),
-    "hunyuanvideo-1.5": Model("HunyuanVideo15Transformer3DModel", _hunyuan15, {}, {"num_layers": (54, 1)}, real=True),
+    "hunyuanvideo-1.5": Model("HunyuanVideo15Transformer3DModel", _hunyuan15, {}, {"num_layers": (54, 1)}),
     "mochi": Model(
         "MochiTransformer3DModel",
         _video(8, 6, 12, 4096, encoder_attention_mask=lambda s, b: torch.ones(b, s.text, dtype=torch.bool)), {},
-        {"num_layers": (48, 1)}, batched=True, real=True,
+        {"num_layers": (48, 1)}, batched=True, valid=True,
     ),
     "cogvideox-2b": Model(
         "CogVideoXTransformer3DModel", _cogvideox(rotary=False), {}, {"num_layers": (30, 1)}, batched=True
@@ -279,15 +279,27 @@ MODELS: dict[str, Model] = {
 
 
 @contextlib.contextmanager
-def fake(dtype: torch.dtype = torch.bfloat16, real: bool = False) -> Iterator[None]:
-    """Fake tensors (or ``real`` ones), made in ``dtype``."""
+def fake(dtype: torch.dtype = torch.bfloat16) -> Iterator[None]:
+    """Fake tensors, made in ``dtype``."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with contextlib.nullcontext() if real else FakeTensorMode():
+        with FakeTensorMode():
             yield
     finally:
         torch.set_default_dtype(before)
+
+
+@contextlib.contextmanager
+def all_valid(name: str) -> Iterator[None]:
+    """While a model is captured that asks which tokens its mask leaves: it is told all of them."""
+    before = torch.nonzero
+    if MODELS[name].valid:
+        torch.nonzero = lambda x, as_tuple=False: torch.arange(x.numel())[:, None]  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.nonzero = before
 
 
 def build(name: str, size: Size, batch: int, blocks: dict[str, int]) -> tuple[Any, dict[str, Any]]:
@@ -295,6 +307,6 @@ def build(name: str, size: Size, batch: int, blocks: dict[str, int]) -> tuple[An
     import diffusers
 
     model = MODELS[name]
-    with fake(real=model.real):
+    with fake():
         made = getattr(diffusers, model.name)(**(model.config | blocks)).eval().requires_grad_(False)
         return made, model.inputs(size, batch) | {"return_dict": False}

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.published import decoders
-from benchmarks.published.models import MODELS, UNSAID, Size, build
+from benchmarks.published.models import MODELS, UNSAID, Size, all_valid, build
 from benchmarks.published.split import read
 from fastpar.plan.workload import Attention, Workload, workload
 
@@ -59,10 +59,10 @@ def combined(parts: Iterable[tuple[int, dict[str, Any]]]) -> dict[str, Any]:
     for name in _TOTALS:
         if name != "peak":
             out[name] = sum(times * part[name] for times, part in parts)
-    for name in ("kinds", "attentions"):
+    for name in ("kinds", "attentions", "sums"):
         total: Counter[tuple[Any, ...]] = Counter()
         for times, part in parts:
-            for *what, count in part[name]:
+            for *what, count in part.get(name, ()):
                 total[tuple(what)] += times * count
         out[name] = sorted([*what, count] for what, count in total.items() if count)
         assert all(count > 0 for *_, count in out[name]), "blocks of one stack differ"
@@ -80,7 +80,9 @@ def frozen(work: Workload) -> dict[str, Any]:
     return {
         "launches": work.launches, "outputs": work.outputs, "parameters": work.parameters, "peak": work.peak,
         "rows": work.rows, "batch": work.batch, "pointwise": int(work.pointwise[0]), "whole": int(work.pointwise[1]),
-        "kinds": sorted([*k, n] for k, n in kinds.items()), "attentions": sorted([*k, n] for k, n in attentions.items()),
+        "kinds": sorted([*k, n] for k, n in kinds.items()),
+        "attentions": sorted([*k, n] for k, n in attentions.items()),
+        "sums": sorted([size, n] for size, n in work.sums),
     }  # fmt: skip
 
 
@@ -101,6 +103,7 @@ def _thawed(data: Mapping[str, Any]) -> Workload:
         counts=np.array(counts, dtype=np.float64),
         attends=np.array(attends, dtype=bool),
         pointwise=(float(data["pointwise"]), float(data["whole"])),
+        sums=tuple((size, n) for size, n in data.get("sums", ())),
     )
 
 
@@ -111,7 +114,8 @@ def _captured(name: str, size: Size, batch: int, blocks: dict[str, int]) -> dict
 
     torch._dynamo.reset()
     model, inputs = build(name, size, batch, blocks)
-    programs = fastpar.capture(model, inputs).programs
+    with all_valid(name):
+        programs = fastpar.capture(model, inputs).programs
     works = [frozen(workload(p.program)) for p in programs]
     works.sort(key=lambda w: -w["peak"])
     return combined((1, w) for w in works)
@@ -123,7 +127,9 @@ def main() -> None:
     parser.add_argument("--new", action="store_true", help="only what the file does not have yet")
     args = parser.parse_args()
     data = json.loads(FILE.read_text()) if FILE.exists() else {"denoisers": {}, "decoders": {}}
-    rows = [r for r in read() if args.only in r["model"]]
+    from benchmarks.published import ratios
+
+    rows = [r for r in (*read(), *ratios.rows()) if args.only in r["model"]]
     for name, row in sorted({key(r): r for r in rows if r["model"] in MODELS}.items()):
         if args.new and name in data["denoisers"]:
             continue
@@ -140,7 +146,7 @@ def main() -> None:
               f"{made['parameters'] / 2e9:.1f}B, {time.perf_counter() - begin:.0f} s", flush=True)  # fmt: skip
         _store(data)
     for name, row in sorted({decoders.key(r): r for r in rows if decoders.name(r)}.items()):
-        if args.new and name in data["decoders"]:
+        if (args.new or args.only) and name in data["decoders"]:
             continue
         begin = time.perf_counter()
         data["decoders"][name] = made = decoders.capture(row)

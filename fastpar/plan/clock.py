@@ -155,7 +155,9 @@ def seconds(node: fx.Node, mesh: Mesh, rank: int, device: Device) -> float:
     if not reads(node):
         return 0.0
     moved = sum(node_bytes(n, shape(n)) for n in {*node.all_input_nodes, node})
-    reached = device.attention if node.target._schema.name in _ATTENTIONS else device.products
+    reached = device.products
+    if node.target._schema.name in _ATTENTIONS:  # type: ignore[union-attr]
+        reached = device.attends(shape(node.all_input_nodes[0])[-1])
     stream = device.bandwidth * device.streaming
     return max(node_flops(node, shape) / (device.flops * reached), moved / stream, FUSED * LAUNCH)
 

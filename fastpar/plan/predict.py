@@ -56,6 +56,14 @@ def predict(
     return min((_predict(work, plan, topology, lowering, order, launch) for order in orders), key=lambda p: p.seconds)
 
 
+def predict_in(work: Workload, plan: Plan, topology: Topology, order: Sequence[str] | None) -> float:
+    """Seconds with the plan's axes in this order (from the outside in); None takes the best one."""
+    if order is None:
+        return predict(work, plan, topology).seconds
+    topology.check(plan.degree)
+    return _predict(work, plan, topology, "inductor", tuple(order), LAUNCH).seconds
+
+
 def _orders(plan: Plan) -> Iterator[tuple[str, ...]]:
     """Orders of the mesh's axes, the usual one first: the last axis joins neighbouring devices."""
     return permutations(name for name, degree in plan.axes if degree > 1)
@@ -112,7 +120,7 @@ def _predict(
     cut = plan.tp or 1  # ranks that share columns of weights
     stream = device.bandwidth * device.streaming
     each = np.maximum.reduce([
-        work.flops * share / (device.flops * np.where(work.attends, device.attention, device.products)),
+        work.flops * share / (device.flops * np.where(work.attends, device.attends(work.width), device.products)),
         (work.activations * share + work.weights / np.where(work.carries, cut, 1)) / stream,
         np.full(len(work.flops), FUSED * LAUNCH),
     ])  # fmt: skip
@@ -125,19 +133,20 @@ def _predict(
     collectives = 0
     for attention in work.attentions:
         if attention.split and tokens > 1:
-            part = _talk(attention, plan, place, split, device.flops * device.attention)
+            part = _talk(attention, plan, place, split, device.flops * device.attends(attention.width))
             communication += part[0] * attention.count
             exposed += part[1] * attention.count
             sent += part[2] * attention.count
             collectives += part[3] * attention.count
             buffers = max(buffers, part[4])
-        if plan.tp and plan.tp > 1:  # Megatron-LM, section 3: one sum behind each attention, one behind its MLP
-            rows = attention.batch * attention.heads * attention.queries * attention.width
-            size = rows * attention.itemsize / (split // plan.tp)
-            summed = 2 * place.round(["tp"], 2 * size / plan.tp) * attention.count
+    if plan.tp and plan.tp > 1:  # Megatron-LM, section 3: one sum behind each attention, one behind its MLP
+        usual = [(a.batch * a.heads * a.queries * a.width * a.itemsize, 2 * a.count) for a in work.attentions]
+        for whole, count in work.sums or usual:
+            size = whole / (split // plan.tp)
+            summed = place.round(["tp"], 2 * size / plan.tp) * count
             communication, exposed = communication + summed, exposed + summed
-            sent += 2 * attention.count * cost.number(cost.ELEMENTS["sums of products"])(S=size, t=plan.tp)
-            collectives += 2 * attention.count
+            sent += count * cost.number(cost.ELEMENTS["sums of products"])(S=size, t=plan.tp)
+            collectives += count
     axes = [a for a in order if not (dealt and a == "cfg")]
     out = work.outputs / max(1, split)
     last = place.all_to_all(axes, out) if split > 1 else 0.0

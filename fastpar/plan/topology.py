@@ -46,6 +46,7 @@ _LEVEL = ("name", "size", "bandwidth", "latency")
 # ran at 0.8 of the peak and a copy at 0.9, and a model's products are smaller; FlashAttention-2 runs at 0.35 to 0.6
 # (FlashAttention-3, section 4.1); NCCL reaches about 0.8 of a link with large messages.
 PRODUCTS, ATTENTION, STREAMING, LINK = 0.7, 0.5, 0.85, 0.8
+NARROW = 0.85
 _SHARES = ("products", "attention", "streaming", "efficiency")
 
 
@@ -60,6 +61,12 @@ class Device:
     products: float = PRODUCTS
     attention: float = ATTENTION
     streaming: float = STREAMING
+
+    def attends(self, width: int) -> float:
+        """Share of ``flops`` that attention with heads of ``width`` reaches. Narrow heads have as many exponentials
+        to take for fewer products: FlashAttention-2 (section 4.1) runs at about 0.85 with 64 of what it does with 128.
+        """
+        return self.attention * (NARROW if width < 96 else 1.0)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from fastpar.graph.program import Program
 from fastpar.graph.roofline import node_bytes, reads
 from fastpar.rules import Call
 from fastpar.sharding.candidates import find, find_batch, is_attention
+from fastpar.sharding.weights import find_weights
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ class Workload:
     rows; ``counts`` of each, ``attends`` for attentions), and what else a plan's cost needs.
 
     Bytes and FLOPs are of one call on one device. ``pointwise`` is what eager moves besides: bytes of the operators
-    that a compiler would fuse into others, those that carry rows and those that do not."""
+    that a compiler would fuse into others, those that carry rows and those that do not. ``sums`` are results of
+    products whose weight tensor parallelism cuts by rows: bytes of one, how many."""
 
     attentions: tuple[Attention, ...]
     flops: np.ndarray
@@ -66,6 +68,12 @@ class Workload:
     counts: np.ndarray = None  # type: ignore[assignment]  # one of each where not given
     attends: np.ndarray = None  # type: ignore[assignment]  # none where not given
     pointwise: tuple[float, float] = (0.0, 0.0)
+    sums: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def width(self) -> int:
+        """Of a head, of the attention with most to do."""
+        return max(self.attentions, key=lambda a: a.flops * a.count).width if self.attentions else 128
 
     def __post_init__(self) -> None:
         if self.counts is None:
@@ -125,6 +133,7 @@ def workload(program: Program) -> Workload:
         counts=np.array(list(kinds_of.values()), dtype=np.float64),
         attends=np.array(attends, dtype=bool),
         pointwise=(fused[True], fused[False]),
+        sums=tuple(Counter(node_bytes(n, _shape(n)) for n in _row_cut(graph, kinds)).items()),
     )
 
 
@@ -148,6 +157,7 @@ def joined(several: Sequence[Workload]) -> Workload:
         counts=np.concatenate([w.counts for w in several]),
         attends=np.concatenate([w.attends for w in several]),
         pointwise=(sum(w.pointwise[0] for w in several), sum(w.pointwise[1] for w in several)),
+        sums=tuple(x for w in several for x in w.sums),
     )
 
 
@@ -189,6 +199,12 @@ def _static(graph: fx.Graph, kinds: Mapping[fx.Node, str]) -> set[fx.Node]:
     return found
 
 
+def _row_cut(graph: fx.Graph, kinds: Mapping[fx.Node, str]) -> list[fx.Node]:
+    """Products that leave a sum over ranks behind where weights are cut."""
+    groups = find_weights(graph, [n for n, kind in kinds.items() if kind == "parameter"])
+    return [n for group in groups for n in group.rows]
+
+
 def _launches(node: fx.Node) -> int:
     """Kernels that eager launches: one per operator that is no view."""
     return 0 if _views(node) or not Call.of(node).results else 1
@@ -212,5 +228,3 @@ def _peak(graph: fx.Graph, inputs: set[fx.Node]) -> int:
             if gone not in inputs and gone.op == "call_function" and not _views(gone):
                 now -= node_bytes(gone, _shape(gone))
     return most
-
-
