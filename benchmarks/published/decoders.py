@@ -1,4 +1,5 @@
-"""What a pipeline runs besides its denoiser: text encoders and the decoder of latents, once per picture or video.
+"""What a pipeline runs besides its denoiser: text encoders and the decoder of latents, once per picture or video; of
+image to video also the encoder of what is known of the video.
 
 No stack of the rows splits them by default, so every rank runs all of it. Decoders are diffusers' own, run on fake
 tensors, every operator counted: products and convolutions as such, all else by the memory that it moves. Where a
@@ -82,7 +83,6 @@ DECODERS = {
     "wan": Decoder("AutoencoderKLWan", 16, 8, 4, video=True, stream=True, float32=True),
     "wan5b": Decoder("AutoencoderKLWan", 48, 16, 4, video=True, config=_WAN5B, stream=True, float32=True),
     "hunyuan": Decoder("AutoencoderKLHunyuanVideo", 16, 8, 4, video=True, tiles=((5, 3), (32, 24), (32, 24))),
-    "hunyuan15": Decoder("AutoencoderKLHunyuanVideo15", 32, 16, 4, video=True, tiles=((0, 0), (16, 12), (16, 12))),
     "cogvideox": Decoder("AutoencoderKLCogVideoX", 16, 8, 4, video=True, tiles=((2, 2), (30, 25), (45, 36))),
     "mochi": Decoder("AutoencoderKLMochi", 12, 8, 6, video=True, tiles=((0, 0), (32, 24), (32, 24))),
     "ltx2": Decoder("AutoencoderKLLTX2Video", 128, 32, 8, video=True),
@@ -99,7 +99,6 @@ OF: dict[str, tuple[str, tuple[tuple[float, int], ...]]] = {
     "qwen-image": ("qwen", ((7.6e9, UNSAID),)),
     "z-image": ("kl", ((4e9, 512),)),  # Qwen3-4B
     "hunyuanvideo": ("hunyuan", ((8e9, 351), (0.12e9, 77))),  # Llama-3-8B over its template, CLIP-L
-    "hunyuanvideo-1.5": ("hunyuan15", ((7.6e9, 1000),)),
     "opensora2-11b": ("hunyuan", ((4.76e9, 512), (0.12e9, 77))),
     "mochi": ("mochi", ((4.76e9, 256),)),
     "cogvideox-2b": ("cogvideox", ((4.76e9, 226),)),
@@ -119,29 +118,37 @@ def name(row: Mapping[str, str]) -> str | None:
     return OF[row["model"]][0] if row["scope"] == "pipeline" and row["model"] in OF else None
 
 
-def key(row: Mapping[str, str]) -> str:
-    return f"{name(row)} {row['width']}x{row['height']}x{row['frames']}"
+def keys(row: Mapping[str, str]) -> list[str]:
+    """Which stored workloads the row runs once: its decoder, and its encoder where it makes a video of an image."""
+    size = f"{name(row)} {row['width']}x{row['height']}"
+    encoded = [f"{size}x{_encoded(row)} encoder"] if _encoded(row) else []
+    return [f"{size}x{row['frames']}", *encoded]
 
 
-def encodes(row: Mapping[str, str]) -> bool:
-    """Whether the pipeline also encodes an image, as a video of the same length (Wan's image to video)."""
-    return "image to video" in row["note"]
+def _encoded(row: Mapping[str, str]) -> int:
+    """Frames that image to video encodes: Wan 14B a video of the image and blanks, Wan 2.2 5B the image alone."""
+    if "image to video" not in row["note"]:
+        return 0
+    return 1 if row["model"] == "wan2.2-5b" else int(row["frames"])
 
 
-def capture(row: Mapping[str, str]) -> dict[str, Any]:
-    """What decoding computes and moves at the row's size, in the form of a stored workload."""
+def capture(row: Mapping[str, str], encoder: bool = False) -> dict[str, Any]:
+    """What decoding (or encoding) computes and moves at the row's size, in the form of a stored workload."""
     import diffusers
 
     kind = DECODERS[str(name(row))]
-    size = Size(int(row["width"]), int(row["height"]), int(row["frames"]), 0)
+    size = Size(int(row["width"]), int(row["height"]), _encoded(row) if encoder else int(row["frames"]), 0)
     kinds: Counter[tuple[int, int]] = Counter()
     moved = launches = 0.0
     with fake(torch.float32 if kind.float32 else torch.bfloat16), torch.no_grad():
         model = getattr(diffusers, kind.name)(**kind.config).eval().requires_grad_(False)
         for (f, h, w), work, often in kind.pieces(size.latents(kind.spatial, kind.temporal)):
-            latents = torch.randn((1, kind.channels, f, h, w) if kind.video else (1, kind.channels, h, w))
+            frames = ((f - 1) * kind.temporal + 1,) if encoder else (f,)
+            scale = kind.spatial if encoder else 1
+            channels = 3 if encoder else kind.channels
+            given = torch.randn(1, channels, *(frames if kind.video else ()), h * scale, w * scale)
             with _counting() as counted:
-                model.decode(latents, return_dict=False)
+                (model.encode if encoder else model.decode)(given, return_dict=False)
             for what, n in counted.products.items():
                 kinds[what] += n * work  # type: ignore[assignment]
             moved, launches = moved + counted.moved * work, launches + counted.launches * often

@@ -14,6 +14,12 @@ from fastpar.core.plan import Plan
 
 APART = 1.2  # two measurements of one configuration that differ by more contradict each other
 
+MODELS = {
+    "hunyuanvideo-1.5": "no workload: the model picks tokens by the values of its masks, and fake tensors have none",
+    "longcat-image": "the pipeline first has its text encoder write the prompt anew: of what length is unsaid",
+}
+"""Models none of whose pipelines' rows can be explained."""
+
 _SAID = (
     ("offload", "weights are offloaded to the host"),
     ("qfloat8", "weights are quantised and made bf16 again before every product"),
@@ -39,6 +45,8 @@ def plan(row: Mapping[str, str]) -> Plan | None:
 
 def reason(row: Mapping[str, str], rows: Sequence[Mapping[str, str]], known: bool) -> str:
     """Why the row is not explained; empty where it is. ``known``: there is a workload of its model."""
+    if row["model"] in MODELS and row["scope"] == "pipeline":
+        return MODELS[row["model"]]
     if not known:
         return "no workload: the model's configuration is not published, or diffusers does not have it"
     made = plan(row)

@@ -2,8 +2,9 @@
 
 Configurations are those of the models' published ``config.json`` (most are the defaults of diffusers' classes).
 Sizes are in tokens and latents as the pipelines make them. What is not published and stands in for it is said here:
-the text of Qwen-Image, Z-Image, FLUX.2 klein, LongCat-Image and HunyuanVideo-1.5 is taken as ``UNSAID`` tokens, and
-Open-Sora 2.0, which diffusers lacks and whose blocks are FLUX's, is FLUX over the tokens of a video.
+where a row leaves the text's length unsaid it is what the pipeline pads to, or ``UNSAID`` tokens where the pipeline
+drops the padding (Qwen-Image, Z-Image) or was not read (MiniMax-H3). Open-Sora 2.0, which diffusers lacks and whose
+blocks are FLUX's, is FLUX over the tokens of a video.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ Inputs = Callable[[Size, int], dict[str, Any]]
 class Model:
     """A denoiser: its class, configuration, inputs for a size and a batch, and its stacks of equal blocks:
     name of the argument -> (published depth, blocks that repeat together). ``batched``: guidance is a batch of two.
-    ``valid``: the model looks up which tokens of the text its mask leaves, which fake tensors cannot say: all."""
+    ``valid``: the model looks up which tokens of the text its mask leaves, which fake tensors cannot say: all.
+    ``text``: tokens of text that its pipeline pads to."""
 
     name: str
     inputs: Inputs
@@ -48,6 +50,7 @@ class Model:
     depth: dict[str, tuple[int, int]] = field(default_factory=dict)
     batched: bool = False
     valid: bool = False
+    text: int = UNSAID
 
 
 def randn(*shape: int) -> torch.Tensor:
@@ -142,18 +145,6 @@ def _unet(s: Size, batch: int) -> dict[str, Any]:
     }
 
 
-def _hunyuan15(s: Size, batch: int) -> dict[str, Any]:
-    return {
-        "hidden_states": randn(batch, 65, *s.latents(16, 4)),
-        "timestep": torch.ones(batch),
-        "encoder_hidden_states": randn(batch, s.text, 3584),
-        "encoder_attention_mask": torch.ones(batch, s.text),
-        "encoder_hidden_states_2": randn(batch, 256, 1472),
-        "encoder_attention_mask_2": torch.cat([torch.ones(batch, 1), torch.zeros(batch, 255)], 1),
-        "image_embeds": torch.zeros(batch, 729, 1152),
-    }
-
-
 def _ltx2(s: Size, batch: int) -> dict[str, Any]:
     f, h, w = s.latents(32, 8)
     audio = round(s.frames / 24 * 25)  # 25 latents of sound per second
@@ -194,6 +185,12 @@ def _minimax(s: Size, batch: int) -> dict[str, Any]:
     }
 
 
+def _wan5b(s: Size, batch: int) -> dict[str, Any]:
+    """From an image: its frame is at time 0, so each token has a time of its own."""
+    f, h, w = s.latents(32, 4)
+    return _video(16, 4, 48, 4096)(s, batch) | {"timestep": torch.ones(batch, f * h * w)}
+
+
 _COG = {"num_attention_heads": 48, "use_rotary_positional_embeddings": True}
 _WAN = _video(8, 4, 16, 4096)
 _SDXL = {
@@ -228,11 +225,11 @@ MODELS: dict[str, Model] = {
     "flux2-klein-4b": Model(
         "Flux2Transformer2DModel", _without(_flux(axes=4, text=7680, pooled=False, channels=128), "guidance"),
         {"num_attention_heads": 24, "joint_attention_dim": 7680, "guidance_embeds": False},
-        {"num_layers": (5, 1), "num_single_layers": (20, 1)},
+        {"num_layers": (5, 1), "num_single_layers": (20, 1)}, text=512,
     ),
     "longcat-image": Model(
         "LongCatImageTransformer2DModel", _without(_flux(text=3584, pooled=False), "guidance"), {},
-        {"num_layers": (10, 1), "num_single_layers": (20, 1)},
+        {"num_layers": (10, 1), "num_single_layers": (20, 1)}, text=512,
     ),
     "opensora2-11b": Model(
         "FluxTransformer2DModel", _flux(), {"guidance_embeds": True},
@@ -244,7 +241,6 @@ MODELS: dict[str, Model] = {
                guidance=lambda s, b: torch.ones(b)), {"guidance_embeds": True},
         {"num_layers": (20, 1), "num_single_layers": (40, 1)},
     ),
-    "hunyuanvideo-1.5": Model("HunyuanVideo15Transformer3DModel", _hunyuan15, {}, {"num_layers": (54, 1)}),
     "mochi": Model(
         "MochiTransformer3DModel",
         _video(8, 6, 12, 4096, encoder_attention_mask=lambda s, b: torch.ones(b, s.text, dtype=torch.bool)), {},
@@ -269,10 +265,10 @@ MODELS: dict[str, Model] = {
     "wan2.1-14b": Model("WanTransformer3DModel", _WAN, {}, {"num_layers": (40, 1)}),
     "wan2.2-14b": Model("WanTransformer3DModel", _WAN, {}, {"num_layers": (40, 1)}),
     "wan2.2-5b": Model(
-        "WanTransformer3DModel", _video(16, 4, 48, 4096),
+        "WanTransformer3DModel", _wan5b,
         {"num_attention_heads": 24, "in_channels": 48, "out_channels": 48, "ffn_dim": 14336}, {"num_layers": (30, 1)},
     ),
-    "ltx-2": Model("LTX2VideoTransformer3DModel", _ltx2, {}, {"num_layers": (48, 1)}),
+    "ltx-2": Model("LTX2VideoTransformer3DModel", _ltx2, {}, {"num_layers": (48, 1)}, text=1024),
     "minimax-h3": Model("MiniMaxH3Transformer3DModel", _minimax, {}, {"num_layers": (50, 1)}),
     "sdxl": Model("UNet2DConditionModel", _unet, _SDXL, batched=True),
 }  # fmt: skip

@@ -23,18 +23,22 @@ from fastpar.plan.workload import Attention, Workload, workload
 
 FILE = Path(__file__).with_name("workloads.json")
 _ROW = ("flops", "activations", "weights", "carries", "attends")
-_TOTALS = ("launches", "outputs", "parameters", "peak", "pointwise", "whole")
+_TOTALS = ("launches", "outputs", "parameters", "peak", "pointwise", "whole", "cut")
 
 
 def key(row: Mapping[str, str]) -> str:
     """Which workload a published row runs: model, width x height x frames, tokens of text, batch of one call."""
     model = MODELS.get(row["model"])
     batch = int(row["calls"]) if model is not None and model.batched else 1
-    return f"{row['model']} {row['width']}x{row['height']}x{row['frames']} {row['text'] or UNSAID} {batch}"
+    return f"{row['model']} {row['width']}x{row['height']}x{row['frames']} {_text(row)} {batch}"
+
+
+def _text(row: Mapping[str, str]) -> int:
+    return int(row["text"] or (MODELS[row["model"]].text if row["model"] in MODELS else UNSAID))
 
 
 def load(path: Path = FILE) -> tuple[dict[str, Workload], dict[str, Workload]]:
-    """(denoisers by ``key``, decoders by ``decoders.key``)."""
+    """(denoisers by ``key``, decoders by ``decoders.keys``)."""
     data = json.loads(path.read_text())
     return tuple({k: _thawed(v) for k, v in data[part].items()} for part in ("denoisers", "decoders"))  # type: ignore
 
@@ -58,7 +62,7 @@ def combined(parts: Iterable[tuple[int, dict[str, Any]]]) -> dict[str, Any]:
     out: dict[str, Any] = {k: parts[0][1][k] for k in ("rows", "batch", "peak")}
     for name in _TOTALS:
         if name != "peak":
-            out[name] = sum(times * part[name] for times, part in parts)
+            out[name] = sum(times * part.get(name, 0) for times, part in parts)
     for name in ("kinds", "attentions", "sums"):
         total: Counter[tuple[Any, ...]] = Counter()
         for times, part in parts:
@@ -80,6 +84,7 @@ def frozen(work: Workload) -> dict[str, Any]:
     return {
         "launches": work.launches, "outputs": work.outputs, "parameters": work.parameters, "peak": work.peak,
         "rows": work.rows, "batch": work.batch, "pointwise": int(work.pointwise[0]), "whole": int(work.pointwise[1]),
+        "cut": int(work.cut),
         "kinds": sorted([*k, n] for k, n in kinds.items()),
         "attentions": sorted([*k, n] for k, n in attentions.items()),
         "sums": sorted([size, n] for size, n in work.sums),
@@ -104,6 +109,7 @@ def _thawed(data: Mapping[str, Any]) -> Workload:
         attends=np.array(attends, dtype=bool),
         pointwise=(float(data["pointwise"]), float(data["whole"])),
         sums=tuple((size, n) for size, n in data.get("sums", ())),
+        cut=float(data.get("cut", 0)),
     )
 
 
@@ -135,7 +141,7 @@ def main() -> None:
             continue
         begin = time.perf_counter()
         width, height, frames = (int(row[k]) for k in ("width", "height", "frames"))
-        size = Size(width, height, frames, int(row["text"] or UNSAID))
+        size = Size(width, height, frames, _text(row))
         try:
             data["denoisers"][name] = made = capture(row["model"], size, int(name.split()[-1]))
         except Exception as error:  # the others are still worth having; the row says that it has no workload
@@ -145,13 +151,13 @@ def main() -> None:
         print(f"{name}: {flops / 1e12:.1f} TFLOP, {made['launches']} launches, batch {made['batch']}, "
               f"{made['parameters'] / 2e9:.1f}B, {time.perf_counter() - begin:.0f} s", flush=True)  # fmt: skip
         _store(data)
-    for name, row in sorted({decoders.key(r): r for r in rows if decoders.name(r)}.items()):
+    for name, row in sorted({k: r for r in rows if decoders.name(r) for k in decoders.keys(r)}.items()):
         if (args.new or args.only) and name in data["decoders"]:
             continue
         begin = time.perf_counter()
-        data["decoders"][name] = made = decoders.capture(row)
+        data["decoders"][name] = made = decoders.capture(row, name.endswith("encoder"))
         flops = sum(k[0] * k[-1] for k in made["kinds"])
-        print(f"decoder {name}: {flops / 1e12:.1f} TFLOP, {time.perf_counter() - begin:.0f} s", flush=True)
+        print(f"{name}: {flops / 1e12:.1f} TFLOP, {time.perf_counter() - begin:.0f} s", flush=True)
         _store(data)
 
 

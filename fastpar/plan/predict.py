@@ -127,8 +127,9 @@ def _predict(
     compute = float((each * work.counts).sum())
     if lowering == "eager":
         # Tensor parallelism cuts what stands inside attention and MLP, and leaves norms, gates and residuals whole.
-        carried = work.pointwise[0] * uneven / split * (1 + cut) / 2
-        compute += (carried + work.pointwise[1]) / stream
+        carried = (work.pointwise[0] - work.cut * (1 - 1 / cut)) * uneven * cut / split
+        one = carried / max(1.0, work.launches - float(work.counts.sum()))
+        compute += carried / device.pointwise(one) + work.pointwise[1] / stream
     communication = exposed = sent = buffers = 0.0
     collectives = 0
     for attention in work.attentions:

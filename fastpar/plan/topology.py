@@ -13,6 +13,7 @@ the same form:
     products = 0.7        # of ``flops`` that matrix products reach; may be left out, as the next three
     attention = 0.45      # of ``flops`` that attention reaches
     streaming = 0.85      # of ``bandwidth`` that reading and writing reach
+    cache = 50e6          # last-level cache, bytes; may be left out: none
 
     [[level]]
     name = "NVLink 4"
@@ -40,6 +41,7 @@ from fastpar.core.text import unknown
 
 DEFAULT = "h100-8"
 _DEVICE = ("name", "flops", "bandwidth", "memory")
+_OPTIONAL = ("cache",)
 _LEVEL = ("name", "size", "bandwidth", "latency")
 
 # What devices and links reach of their data sheets where nobody has said it: on an H200, an 8192-cubed bf16 product
@@ -47,6 +49,7 @@ _LEVEL = ("name", "size", "bandwidth", "latency")
 # (FlashAttention-3, section 4.1); NCCL reaches about 0.8 of a link with large messages.
 PRODUCTS, ATTENTION, STREAMING, LINK = 0.7, 0.5, 0.85, 0.8
 NARROW = 0.85
+CACHED = 3.0  # bandwidth of the last-level cache over that of memory
 _SHARES = ("products", "attention", "streaming", "efficiency")
 
 
@@ -61,12 +64,19 @@ class Device:
     products: float = PRODUCTS
     attention: float = ATTENTION
     streaming: float = STREAMING
+    cache: float = 0.0
 
     def attends(self, width: int) -> float:
         """Share of ``flops`` that attention with heads of ``width`` reaches. Narrow heads have as many exponentials
         to take for fewer products: FlashAttention-2 (section 4.1) runs at about 0.85 with 64 of what it does with 128.
         """
         return self.attention * (NARROW if width < 96 else 1.0)
+
+    def pointwise(self, moved: float) -> float:
+        """Bytes/s that pointwise operators reach, one after the other, each moving ``moved`` bytes: what one of them
+        wrote is still in the cache for the next one where both fit."""
+        cached = min(1.0, max(0.0, 2 - 2 * moved / self.cache)) if self.cache else 0.0
+        return self.bandwidth * self.streaming / (1 - cached * (1 - 1 / CACHED))
 
 
 @dataclass(frozen=True)
@@ -191,7 +201,7 @@ def parse(text: str, name: str) -> Topology:
     levels = data.get("level")
     if not isinstance(levels, list) or not levels:
         raise OptionError(f"topology {name!r}: needs a [[level]] or more, from the inside out")
-    device = _fields(data.get("device"), _DEVICE, _SHARES[:3], f"topology {name!r}: [device]")
+    device = _fields(data.get("device"), _DEVICE, _SHARES[:3], f"topology {name!r}: [device]", _OPTIONAL)
     made = [
         _fields(level, _LEVEL, _SHARES[3:], f"topology {name!r}: [[level]] {i + 1}") for i, level in enumerate(levels)
     ]
@@ -203,17 +213,20 @@ def parse(text: str, name: str) -> Topology:
     )
 
 
-def _fields(given: Any, names: Sequence[str], shares: Sequence[str], where: str) -> dict[str, Any]:
-    """The entries, all of ``names`` and those of ``shares`` (of what a data sheet promises) that are there."""
+def _fields(
+    given: Any, names: Sequence[str], shares: Sequence[str], where: str, more: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The entries: all of ``names``, and those of ``shares`` (of what a data sheet promises) and ``more`` that are
+    there."""
     if not isinstance(given, Mapping):
         raise OptionError(f"{where} is missing; it has {', '.join(names)}")
     for key in given:
-        if key not in (*names, *shares):
-            raise OptionError(f"{where}: {unknown('entry', str(key), (*names, *shares))}")
+        if key not in (*names, *shares, *more):
+            raise OptionError(f"{where}: {unknown('entry', str(key), (*names, *shares, *more))}")
         share = given[key]
         if key in shares and (isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1):
             raise OptionError(f"{where}: {key} is a share above 0 and at most 1, not {share!r}")
-    for key in names:
+    for key in (*names, *(x for x in more if x in given)):
         value = given.get(key)
         good = isinstance(value, str) if key == "name" else isinstance(value, int | float) and value > 0
         whole = key != "size" or (isinstance(value, int | float) and value == int(value))

@@ -52,7 +52,8 @@ class Workload:
 
     Bytes and FLOPs are of one call on one device. ``pointwise`` is what eager moves besides: bytes of the operators
     that a compiler would fuse into others, those that carry rows and those that do not. ``sums`` are results of
-    products whose weight tensor parallelism cuts by rows: bytes of one, how many."""
+    products whose weight tensor parallelism cuts by rows: bytes of one, how many; ``cut`` is what of the first of
+    ``pointwise`` it cuts too."""
 
     attentions: tuple[Attention, ...]
     flops: np.ndarray
@@ -69,6 +70,7 @@ class Workload:
     attends: np.ndarray = None  # type: ignore[assignment]  # none where not given
     pointwise: tuple[float, float] = (0.0, 0.0)
     sums: tuple[tuple[int, int], ...] = ()
+    cut: float = 0.0
 
     @property
     def width(self) -> int:
@@ -98,7 +100,9 @@ def workload(program: Program) -> Workload:
     static = _static(graph, kinds)
     kinds_of: Counter[tuple[float, int, int, bool, bool]] = Counter()
     attentions: Counter[Attention] = Counter()
-    launches = 0
+    groups = find_weights(graph, [n for n, kind in kinds.items() if kind == "parameter"])
+    inside = {n for group in groups for n in group.inside}
+    launches, cut = 0, 0.0
     fused = {True: 0.0, False: 0.0}
     for node in graph.nodes:
         if node.op != "call_function":
@@ -109,6 +113,7 @@ def workload(program: Program) -> Workload:
             if _launches(node):
                 moved = sum(node_bytes(n, _shape(n)) for n in operands) + node_bytes(node, _shape(node))
                 fused[node in carriers] += moved
+                cut += moved * (node in carriers and node in inside)
             continue
         cost = node_flops(node, _shape)
         weights = sum(node_bytes(n, _shape(n)) for n in operands & static)
@@ -133,7 +138,8 @@ def workload(program: Program) -> Workload:
         counts=np.array(list(kinds_of.values()), dtype=np.float64),
         attends=np.array(attends, dtype=bool),
         pointwise=(fused[True], fused[False]),
-        sums=tuple(Counter(node_bytes(n, _shape(n)) for n in _row_cut(graph, kinds)).items()),
+        sums=tuple(Counter(node_bytes(n, _shape(n)) for group in groups for n in group.rows).items()),
+        cut=cut,
     )
 
 
@@ -158,6 +164,7 @@ def joined(several: Sequence[Workload]) -> Workload:
         attends=np.concatenate([w.attends for w in several]),
         pointwise=(sum(w.pointwise[0] for w in several), sum(w.pointwise[1] for w in several)),
         sums=tuple(x for w in several for x in w.sums),
+        cut=sum(w.cut for w in several),
     )
 
 
@@ -197,12 +204,6 @@ def _static(graph: fx.Graph, kinds: Mapping[fx.Node, str]) -> set[fx.Node]:
         if node.op == "call_function" and _views(node) and set(node.all_input_nodes) <= found:
             found.add(node)
     return found
-
-
-def _row_cut(graph: fx.Graph, kinds: Mapping[fx.Node, str]) -> list[fx.Node]:
-    """Products that leave a sum over ranks behind where weights are cut."""
-    groups = find_weights(graph, [n for n, kind in kinds.items() if kind == "parameter"])
-    return [n for group in groups for n in group.rows]
 
 
 def _launches(node: fx.Node) -> int:
