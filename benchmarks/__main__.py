@@ -9,6 +9,7 @@ from pathlib import Path
 COMMANDS = {
     "real_size": ["benchmarks.real_size", "--depths"],
     "plans": ["benchmarks.plans"],
+    "published": ["benchmarks.published"],
     "verify_speed": ["benchmarks.verify_speed"],
 }
 

@@ -61,14 +61,20 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def ranking(rows: Sequence[Mapping[str, str]], made: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Pairs of plans that differ by over 5 %, and how many are ranked right: explained rows, and all predicted."""
-    out: dict[str, Any] = {}
-    for name, wanted in (("explained", True), ("all_predicted", False)):
-        seconds = {m["id"]: m["predicted"] for m in made if m["predicted"] and not (wanted and m["reason"])}
-        found = pairs([r for r in rows if r["id"] in seconds], seconds)
-        out[name] = {"pairs": len(found), "right": sum(ok for *_, ok in found)}
-        if wanted:
-            out["wrong"] = [[a, b] for a, b, ok in found if not ok]
+    """Pairs of plans that differ by over 5 %: how many are ranked right, of explained rows and of all predicted, and
+    each with the ratio of its times, published and predicted."""
+    by = {m["id"]: m for m in made}
+    seconds = {m["id"]: m["predicted"] for m in made if m["predicted"]}
+    found = pairs([r for r in rows if r["id"] in seconds], seconds)
+    explained = [p for p in found if not (by[p[0]]["reason"] or by[p[1]]["reason"])]
+    out: dict[str, Any] = {
+        name: {"pairs": len(some), "right": sum(ok for *_, ok in some)}
+        for name, some in (("explained", explained), ("all_predicted", found))
+    }
+    out["pairs"] = [
+        [a, b, *(round(by[a][k] / by[b][k], 3) for k in ("published", "predicted")), (a, b, ok) in explained]
+        for a, b, ok in found
+    ]
     return out
 
 

@@ -17,7 +17,7 @@ from benchmarks.published.latency import Model
 from benchmarks.published.machines import DEVICE, LINK, LINKS, Constants, topology
 from benchmarks.published.models import MODELS
 from benchmarks.published.split import RATIOS, read
-from fastpar.core.errors import FastparError
+from fastpar.core.errors import FastparError, PlanError
 from fastpar.core.plan import Plan
 from fastpar.plan.predict import predict_in
 from fastpar.plan.topology import Topology, load
@@ -55,8 +55,10 @@ def predicted(model: Model, constants: Constants) -> list[dict[str, Any]]:
             try:
                 times = [_seconds(model, row, row[plan], constants) for plan in ("plan_a", "plan_b")]
                 made["predicted"] = round(times[0] / times[1], 3)
-            except (FastparError, LookupError, ValueError) as error:
-                made["reason"] = f"plans are not the planner's: {str(error).splitlines()[0]}"
+            except PlanError as error:  # the terms are there, but not together
+                made["reason"] = f"not in the planner: {str(error).splitlines()[0]}"
+            except (FastparError, ValueError):
+                made["reason"] = "not in the planner: a plan that is not published, or a term that it does not have"
         out.append(made)
     return out
 

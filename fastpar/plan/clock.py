@@ -210,7 +210,7 @@ def _messages(several: Sequence[fx.Node], mesh: Mesh) -> tuple[np.ndarray, np.nd
                 size.append(node.args[2][i] * _itemsize(node))  # type: ignore[index]
             continue
         # Round the group, piece by piece; an all-reduce is a reduce-scatter and an all-gather of what it reduces.
-        elements = _numel(node) * (len(group) - 1)
+        elements: float = _numel(node) * (len(group) - 1)
         if node.target is _C10D.all_reduce.default:
             elements = 2 * elements / len(group)
         src.append(rank)
