@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -116,10 +117,16 @@ def _short(results: Mapping[str, Any]) -> str:
 
 def _reasons(results: Mapping[str, Any]) -> str:
     """How many rows each reason takes out."""
-    kinds = Counter(r["reason"].split(" by ")[0] if "contradicted" in r["reason"] else r["reason"]
-                    for r in results["rows"] if r["reason"])  # fmt: skip
+    kinds = Counter(_kind(r["reason"]) for r in results["rows"] if r["reason"])
     lines = ["| reason | rows |", "|---|---|", *(f"| {reason} | {n} |" for reason, n in kinds.most_common())]
     return "\n".join(lines) + "\n"
+
+
+def _kind(reason: str) -> str:
+    """The reason without the names of plans and rows."""
+    if reason.startswith("contradicted"):
+        return "another source's time for the same configuration is more than a fifth apart"
+    return re.sub("plan '.*' has", "the plan has", reason)
 
 
 def _pairs(results: Mapping[str, Any], rows: Sequence[Mapping[str, str]]) -> str:
