@@ -11,6 +11,7 @@ COMMANDS = {
     "plans": ["benchmarks.plans"],
     "exact_bytes": ["benchmarks.exact_bytes"],
     "hoist": ["benchmarks.hoist"],
+    "published": ["benchmarks.published"],
     "verify_speed": ["benchmarks.verify_speed"],
     "quality": ["benchmarks.quality"],
 }

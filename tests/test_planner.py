@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import networkx as nx
@@ -17,7 +18,7 @@ from fastpar.plan import clock, cost
 from fastpar.plan.expand import pipeline_text
 from fastpar.plan.planner import choose
 from fastpar.plan.predict import predict
-from fastpar.plan.topology import Device, Level, Topology, load, parse, presets
+from fastpar.plan.topology import CACHED, Device, Level, Topology, load, parse, presets
 from fastpar.plan.workload import Attention, Workload, workload
 from fastpar.run.build import build
 from tests.test_cfg import Block, inputs
@@ -114,6 +115,48 @@ def test_an_unknown_topology_names_the_presets() -> None:
         load("h100")
     with pytest.raises(OptionError, match="cannot be read"):
         load("nowhere.toml")
+
+
+def test_a_cache_speeds_up_small_pointwise_operators_only() -> None:
+    card = Device("card", 1e15, 1e12, 80e9, cache=50e6)
+    without = replace(card, cache=0.0)
+    plain = card.bandwidth * card.streaming
+    assert without.pointwise(1e3) == plain == card.pointwise(50e6) == card.pointwise(1e9)
+    assert card.pointwise(25e6) == card.pointwise(1e3) == pytest.approx(CACHED * plain)
+    assert plain < card.pointwise(40e6) < CACHED * plain
+
+
+def test_a_cache_may_be_left_out_but_not_be_negative() -> None:
+    text = (
+        '[device]\nname = "c"\nflops = 1e12\nbandwidth = 1e12\nmemory = 1e9\n{}'
+        '[[level]]\nname = "l"\nsize = 2\nbandwidth = 1e9\nlatency = 1e-6\n'
+    )
+    assert parse(text.format(""), "box").device.cache == 0
+    assert parse(text.format("cache = 4e6\n"), "box").device.cache == 4e6
+    with pytest.raises(OptionError, match="cache is a number above 0"):
+        parse(text.format("cache = -1\n"), "box")
+
+
+def test_narrow_heads_attend_slower() -> None:
+    card = Device("card", 1e15, 1e12, 80e9, attention=0.5)
+    assert card.attends(64) < card.attends(128) == 0.5
+
+
+def test_eager_pays_for_pointwise_work_that_tensor_parallelism_leaves_whole() -> None:
+    whole = replace(flux(), pointwise=(300e9, 0.0), launches=1)
+    cut = replace(whole, cut=250e9)
+    box = load("h100-8")
+    box = replace(box, device=replace(box.device, cache=0.0))
+    for plan, left, right in (("tp=4", 300e9, 50e9 + 250e9 / 4), ("ulysses=4", 300e9 / 4, 300e9 / 4)):
+        for work, bytes_ in ((whole, left), (cut, right)):
+            more = [predict(work, Plan.parse(plan), box, how).compute for how in ("eager", "inductor")]
+            assert more[0] - more[1] == pytest.approx(bytes_ / (box.device.bandwidth * box.device.streaming))
+
+
+def test_a_captured_model_knows_what_tensor_parallelism_sums_and_cuts(captured: fastpar.Captured) -> None:
+    work = workload(captured.programs[0].program)
+    assert 0 < work.cut < work.pointwise[0]
+    assert work.sums and all(size > 0 and count > 0 for size, count in work.sums)
 
 
 # -- closed forms ---------------------------------------------------------------------------------

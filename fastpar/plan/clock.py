@@ -23,11 +23,14 @@ from fastpar.graph.count import node_flops
 from fastpar.graph.program import Program, source_line
 from fastpar.graph.roofline import local_shape, node_bytes, reads
 from fastpar.ops.collectives import pack, unpack
-from fastpar.plan.predict import FUSED, LAUNCH, LINKS, MEMORY, PRODUCTS
+from fastpar.plan.predict import FUSED, LAUNCH
 from fastpar.plan.topology import Device, Topology
 
 _C10D = torch.ops._c10d_functional
 _STARTS = (_C10D.all_to_all_single.default, _C10D.all_gather_into_tensor.default, _C10D.all_reduce.default)
+
+
+_ATTENTIONS = ("fastpar::attention", "fastpar::attention_lse")
 
 
 @dataclass(frozen=True)
@@ -148,13 +151,15 @@ def seconds(node: fx.Node, mesh: Mesh, rank: int, device: Device) -> float:
         return local_shape(n, mesh, rank)
 
     if node.target in (pack, unpack):
-        return 2 * _packed(node) / (device.bandwidth * MEMORY)
+        return 2 * _packed(node) / (device.bandwidth * device.streaming)
     if not reads(node):
         return 0.0
     moved = sum(node_bytes(n, shape(n)) for n in {*node.all_input_nodes, node})
-    return max(
-        node_flops(node, shape) / (device.flops * PRODUCTS), moved / (device.bandwidth * MEMORY), FUSED * LAUNCH
-    )
+    reached = device.products
+    if node.target._schema.name in _ATTENTIONS:  # type: ignore[union-attr]
+        reached = device.attends(shape(node.all_input_nodes[0])[-1])
+    stream = device.bandwidth * device.streaming
+    return max(node_flops(node, shape) / (device.flops * reached), moved / stream, FUSED * LAUNCH)
 
 
 def _packed(node: fx.Node) -> int:
@@ -204,14 +209,17 @@ def _messages(several: Sequence[fx.Node], mesh: Mesh) -> tuple[np.ndarray, np.nd
     src, dst, size = [], [], []
     for rank, node in enumerate(several):
         group = mesh.group(rank, tuple(str(node.args[-1]).split(".")))
-        for i, peer in enumerate(group):
-            if node.target is _C10D.all_to_all_single.default:
-                sent: float = node.args[2][i] * _itemsize(node)  # type: ignore[index, operator]
-            else:  # an all-reduce is a reduce-scatter and an all-gather of what it reduces
-                sent = _given(node)
-                if node.target is _C10D.all_reduce.default:
-                    sent = 2 * sent / len(group)
-            src.append(rank)
-            dst.append(peer)
-            size.append(sent / LINKS)
+        if node.target is _C10D.all_to_all_single.default:
+            for i, peer in enumerate(group):
+                src.append(rank)
+                dst.append(peer)
+                size.append(node.args[2][i] * _itemsize(node))  # type: ignore[index, operator]
+            continue
+        # Round the group, piece by piece; an all-reduce is a reduce-scatter and an all-gather of what it reduces.
+        sent: float = _given(node) * (len(group) - 1)
+        if node.target is _C10D.all_reduce.default:
+            sent = 2 * sent / len(group)
+        src.append(rank)
+        dst.append(group[(group.index(rank) + 1) % len(group)])
+        size.append(sent)
     return np.array(src), np.array(dst), np.array(size)

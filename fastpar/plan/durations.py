@@ -7,6 +7,7 @@ exchange as long as its busiest link needs.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +19,8 @@ from fastpar.core.mesh import Mesh
 from fastpar.graph.count import messages
 from fastpar.graph.roofline import is_view, local_shape
 from fastpar.graph.schedule import Task, calls
-from fastpar.ops.collectives import COLLECTIVES, all_reduce
+from fastpar.ops.collectives import COLLECTIVES, all_reduce, all_to_all, axes_of
 from fastpar.plan.clock import seconds
-from fastpar.plan.predict import LINKS, MEMORY
 from fastpar.plan.topology import Topology, detect, load
 
 Messages = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -65,16 +65,16 @@ class Durations:
         if node.target not in COLLECTIVES:
             took = max(seconds(node, self.mesh, r, device) for r in ranks)
             return Task(compute=took, size=size, view=is_view(node))
-        src, dst, sent = _arrays(node, self.mesh)
-        packed = np.bincount(src, sent, minlength=self.mesh.ranks).max()
-        unpacked = np.bincount(dst, sent, minlength=self.mesh.ranks).max()
+        moves = list(messages(node, self.mesh))
+        senders, receivers, sizes = zip(*moves, strict=True)
+        packed, unpacked = (max(_summed(ranks, sizes).values()) for ranks in (senders, receivers))
         if node.target is all_reduce:  # what is reduced is packed once, though it travels twice
             packed = unpacked = size
-        copying = 2 / (device.bandwidth * MEMORY)
+        copying = 2 / (device.bandwidth * device.streaming)
         return Task(
-            compute=float(packed) * copying,
-            travel=self.topology.seconds((src, dst, sent / LINKS)),
-            unpack=float(unpacked) * copying,
+            compute=packed * copying,
+            travel=self.topology.seconds(_routed(node, self.mesh, moves)),
+            unpack=unpacked * copying,
             size=size,
         )
 
@@ -102,10 +102,24 @@ def _dtypes(node: fx.Node) -> tuple[Any, ...]:
     return tuple(getattr(n.meta.get("val"), "dtype", None) for n in node.all_input_nodes)
 
 
-def _arrays(node: fx.Node, mesh: Mesh) -> Messages:
-    """Ranks that send, ranks that receive, and bytes, each pair once."""
+def _summed(ranks: Iterable[int], sizes: Iterable[float]) -> dict[int, float]:
+    """Bytes per sender or receiver, what a rank keeps for itself included."""
+    totals: dict[int, float] = {}
+    for rank, size in zip(ranks, sizes, strict=True):
+        totals[rank] = totals.get(rank, 0.0) + size
+    return totals
+
+
+def _routed(node: fx.Node, mesh: Mesh, moves: list[tuple[int, int, float]]) -> Messages:
+    """Ranks that send, ranks that receive, and bytes. Gathers and sums go round the group, neighbour to neighbour."""
     totals: dict[tuple[int, int], float] = {}
-    for rank, peer, size in messages(node, mesh):
+    axes = axes_of(node, mesh)
+    for rank, peer, size in moves:
+        if node.target is not all_to_all:
+            if rank == peer:
+                continue
+            group = mesh.group(rank, axes)
+            peer = group[(group.index(rank) + 1) % len(group)]
         totals[rank, peer] = totals.get((rank, peer), 0.0) + size
     pairs = np.array(list(totals)).reshape(-1, 2)
     return pairs[:, 0], pairs[:, 1], np.array(list(totals.values()))

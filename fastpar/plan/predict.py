@@ -1,8 +1,9 @@
 """The time and memory of one call under a plan, from a workload and a topology.
 
 Per operator the larger of FLOPs over peak and bytes over bandwidth, communication over the busiest link
-(``topology.seconds``), a ring's steps and a torus's stages hidden under the attention that they feed. Constants
-that are no data sheet's are few, and stand here.
+(``topology.seconds``), a ring's steps and a torus's stages hidden under the attention that they feed. Eager also
+moves the bytes of what a compiler would fuse, and waits for the host where that is slower. What devices and links
+reach of their data sheets stands in the topology; constants of the software are few, and stand here.
 """
 
 from __future__ import annotations
@@ -21,11 +22,9 @@ from fastpar.plan import cost
 from fastpar.plan.topology import Topology
 from fastpar.plan.workload import Attention, Workload
 
-# Of the data sheet's peak. On an H200, an 8192-cubed bf16 product ran at 0.8 of it and a copy at 0.9; a model's
-# products are smaller. Links: what NCCL reaches of a link with large messages.
-PRODUCTS, MEMORY, LINKS = 0.7, 0.85, 0.8
 LAUNCH = 5e-6  # seconds that the CPU needs to launch a kernel from PyTorch
 FUSED = 2  # kernels per product, attention or reduction once pointwise operators are fused
+EXCHANGE = 3  # kernels that eager launches per collective: a copy before, the exchange, a copy after
 USABLE = 0.92  # of a device's memory
 
 
@@ -46,10 +45,24 @@ class Prediction:
     links: dict[str, str] = field(default_factory=dict)  # axis -> the outermost link that it crosses
 
 
-def predict(work: Workload, plan: Plan, topology: Topology, lowering: str = "inductor") -> Prediction:
-    """The prediction under the best order of the plan's axes. Raises OptionError for too few devices."""
+def predict(
+    work: Workload, plan: Plan, topology: Topology, lowering: str = "inductor", launch: float = LAUNCH
+) -> Prediction:
+    """The prediction under the best order of the plan's axes. Raises OptionError for too few devices.
+
+    ``launch``: seconds that the host needs per kernel (more where modules in Python launch them one by one).
+    """
     topology.check(plan.degree)
-    return min((_predict(work, plan, topology, lowering, order) for order in _orders(plan)), key=lambda p: p.seconds)
+    orders = _orders(plan)
+    return min((_predict(work, plan, topology, lowering, order, launch) for order in orders), key=lambda p: p.seconds)
+
+
+def predict_in(work: Workload, plan: Plan, topology: Topology, order: Sequence[str] | None) -> float:
+    """Seconds with the plan's axes in this order (from the outside in); None takes the best one."""
+    if order is None:
+        return predict(work, plan, topology).seconds
+    topology.check(plan.degree)
+    return _predict(work, plan, topology, "inductor", tuple(order), LAUNCH).seconds
 
 
 def _orders(plan: Plan) -> Iterator[tuple[str, ...]]:
@@ -77,19 +90,26 @@ class _Place:
         """Seconds in which every rank sends ``size`` bytes to each other one of its group."""
         groups = self.groups(axes)
         src, dst = (x.reshape(-1) for x in np.broadcast_arrays(groups[:, :, None], groups[:, None, :]))
-        return self.topology.seconds((src, dst, np.full(src.shape, size / LINKS)))
+        return self.topology.seconds((src, dst, np.full(src.shape, size)))
 
     def shift(self, axes: Sequence[str], size: float) -> float:
         """Seconds in which every rank sends ``size`` bytes to the next one of its group."""
         groups = self.groups(axes)
         src, dst = groups.reshape(-1), np.roll(groups, -1, axis=1).reshape(-1)
-        return self.topology.seconds((src, dst, np.full(src.shape, size / LINKS)))
+        return self.topology.seconds((src, dst, np.full(src.shape, size)))
+
+    def round(self, axes: Sequence[str], size: float) -> float:
+        """Seconds in which ``size`` bytes of every rank go round its group, as NCCL gathers and sums: each link
+        carries what all the others have, in pieces that follow each other, so the latency is paid once."""
+        return self.shift(axes, size * (self.mesh.size(tuple(axes)) - 1))
 
     def link(self, axis: str) -> str:
         return self.topology.link([int(x) for x in self.groups([axis])[0]])
 
 
-def _predict(work: Workload, plan: Plan, topology: Topology, lowering: str, order: tuple[str, ...]) -> Prediction:
+def _predict(
+    work: Workload, plan: Plan, topology: Topology, lowering: str, order: tuple[str, ...], launch: float
+) -> Prediction:
     place = _Place(plan, order, topology)
     device, total = topology.device, plan.degree
     dealt = bool(plan.cfg and plan.cfg > 1 and work.batch == 1)
@@ -98,32 +118,38 @@ def _predict(work: Workload, plan: Plan, topology: Topology, lowering: str, orde
     tokens = plan.token_degree
     uneven = math.ceil(work.rows / tokens) * tokens / work.rows
     share = np.where(work.carries, uneven / split, 1.0)
+    cut = plan.tp or 1  # ranks that share columns of weights
+    stream = device.bandwidth * device.streaming
     each = np.maximum.reduce([
-        work.flops * share / (device.flops * PRODUCTS),
-        (work.activations * share + work.weights) / (device.bandwidth * MEMORY),
+        work.flops * share / (device.flops * np.where(work.attends, device.attends(work.width), device.products)),
+        (work.activations * share + work.weights / np.where(work.carries, cut, 1)) / stream,
         np.full(len(work.flops), FUSED * LAUNCH),
     ])  # fmt: skip
-    compute = float(each.sum())
+    compute = float((each * work.counts).sum())
     if lowering == "eager":
-        compute = max(compute, work.launches * LAUNCH)
+        # Tensor parallelism cuts what stands inside attention and MLP, and leaves norms, gates and residuals whole.
+        carried = (work.pointwise[0] - work.cut * (1 - 1 / cut)) * uneven * cut / split
+        one = carried / max(1.0, work.launches - float(work.counts.sum()))
+        compute += carried / device.pointwise(one) + work.pointwise[1] / stream
     communication = exposed = sent = buffers = 0.0
     collectives = 0
     for attention in work.attentions:
         if attention.split and tokens > 1:
-            compute += attention.count * _converting(attention, plan, split) / (device.bandwidth * MEMORY)
-            part = _talk(attention, plan, place, split, device.flops * PRODUCTS)
+            compute += attention.count * _converting(attention, plan, split) / (device.bandwidth * device.streaming)
+            part = _talk(attention, plan, place, split, device.flops * device.attends(attention.width))
             communication += part[0] * attention.count
             exposed += part[1] * attention.count
             sent += part[2] * attention.count
             collectives += part[3] * attention.count
             buffers = max(buffers, part[4])
-        if plan.tp and plan.tp > 1:  # Megatron-LM, section 3: one sum behind each attention, one behind its MLP
-            rows = attention.batch * attention.heads * attention.queries * attention.width
-            size = rows * attention.itemsize / (split // plan.tp)
-            summed = 2 * place.all_to_all(["tp"], 2 * size / plan.tp) * attention.count
+    if plan.tp and plan.tp > 1:  # Megatron-LM, section 3: one sum behind each attention, one behind its MLP
+        usual = [(a.batch * a.heads * a.queries * a.width * a.itemsize, 2 * a.count) for a in work.attentions]
+        for whole, count in work.sums or usual:
+            size = whole / (split // plan.tp)
+            summed = place.round(["tp"], 2 * size / plan.tp) * count
             communication, exposed = communication + summed, exposed + summed
-            sent += 2 * attention.count * cost.number(cost.ELEMENTS["sums of products"])(S=size, t=plan.tp)
-            collectives += 2 * attention.count
+            sent += count * cost.number(cost.ELEMENTS["sums of products"])(S=size, t=plan.tp)
+            collectives += count
     axes = [a for a in order if not (dealt and a == "cfg")]
     out = work.outputs / max(1, split)
     last = place.all_to_all(axes, out) if split > 1 else 0.0
@@ -133,6 +159,8 @@ def _predict(work: Workload, plan: Plan, topology: Topology, lowering: str, orde
     sent += out * (split - 1)
     collectives += (split > 1) + dealt
     communication, exposed = communication + last, exposed + last
+    if lowering == "eager":
+        compute = max(compute, (work.launches + EXCHANGE * collectives) * launch - exposed)
     return Prediction(
         plan=plan,
         order=order,
@@ -177,7 +205,7 @@ def _talk(
     n = plan.token_degree
     if plan.gather and plan.gather > 1:
         values = dict(Q=q, K=k, n=n)
-        seconds = 2 * place.all_to_all(["gather"], k / n)
+        seconds = 2 * place.round(["gather"], k / n)
         buffers = cost.number(cost.MEMORY["gather"])(**values)
         return seconds, seconds, cost.attention_elements("gather", **values), 2, buffers
     degree, machines = plan.ulysses or 1, plan.torus or 1

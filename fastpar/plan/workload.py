@@ -20,6 +20,7 @@ from fastpar.graph.program import Program
 from fastpar.graph.roofline import is_view, node_bytes, reads
 from fastpar.rules import Call
 from fastpar.sharding.candidates import find, find_batch, is_attention
+from fastpar.sharding.weights import find_weights
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,13 @@ class Attention:
 
 @dataclass(frozen=True, eq=False)
 class Workload:
-    """Operators that read memory as arrays (FLOPs, bytes of activations and of weights, whether they carry rows),
-    and what else a plan's cost needs. Bytes and FLOPs are of one call on one device."""
+    """Kinds of operators that read memory as arrays (FLOPs, bytes of activations and of weights, whether they carry
+    rows; ``counts`` of each, ``attends`` for attentions), and what else a plan's cost needs.
+
+    Bytes and FLOPs are of one call on one device. ``pointwise`` is what eager moves besides: bytes of the operators
+    that a compiler would fuse into others, those that carry rows and those that do not. ``sums`` are results of
+    products whose weight tensor parallelism cuts by rows: bytes of one, how many; ``cut`` is what of the first of
+    ``pointwise`` it cuts too."""
 
     attentions: tuple[Attention, ...]
     flops: np.ndarray
@@ -59,10 +65,26 @@ class Workload:
     peak: int  # bytes of activations alive at once
     rows: int
     batch: int  # 1 where there is none to split
+    counts: np.ndarray = None  # type: ignore[assignment]  # one of each where not given
+    attends: np.ndarray = None  # type: ignore[assignment]  # none where not given
+    pointwise: tuple[float, float] = (0.0, 0.0)
+    sums: tuple[tuple[int, int], ...] = ()
+    cut: float = 0.0
+
+    @property
+    def width(self) -> int:
+        """Of a head, of the attention with most to do."""
+        return max(self.attentions, key=lambda a: a.flops * a.count).width if self.attentions else 128
+
+    def __post_init__(self) -> None:
+        if self.counts is None:
+            object.__setattr__(self, "counts", np.ones(len(self.flops)))
+        if self.attends is None:
+            object.__setattr__(self, "attends", np.zeros(len(self.flops), dtype=bool))
 
     @property
     def total_flops(self) -> float:
-        return float(self.flops.sum())
+        return float((self.flops * self.counts).sum())
 
 
 def workload(program: Program) -> Workload:
@@ -75,24 +97,31 @@ def workload(program: Program) -> Workload:
     _, carriers = carrying(program, candidates)
     kinds = {n: i.kind for n, i in zip(program.placeholders, program.inputs, strict=True)}
     static = _static(graph, kinds)
-    columns: list[tuple[float, int, int, bool]] = []
+    kinds_of: Counter[tuple[float, int, int, bool, bool]] = Counter()
     attentions: Counter[Attention] = Counter()
-    launches = 0
+    groups = find_weights(graph, [n for n, kind in kinds.items() if kind == "parameter"])
+    inside = {n for group in groups for n in group.inside}
+    launches, cut = 0, 0.0
+    fused = {True: 0.0, False: 0.0}
     for node in graph.nodes:
         if node.op != "call_function":
             continue
         launches += _launches(node)
+        operands = set(node.all_input_nodes)
         if not reads(node):
+            if _launches(node):
+                moved = sum(node_bytes(n, _shape(n)) for n in operands) + node_bytes(node, _shape(node))
+                fused[node in carriers] += moved
+                cut += moved * (node in carriers and node in inside)
             continue
         cost = node_flops(node, _shape)
-        operands = set(node.all_input_nodes)
         weights = sum(node_bytes(n, _shape(n)) for n in operands & static)
         moved = sum(node_bytes(n, _shape(n)) for n in operands - static) + node_bytes(node, _shape(node))
-        columns.append((cost, moved, weights, node in carriers))
+        kinds_of[(cost, moved, weights, node in carriers, is_attention(node))] += 1
         if is_attention(node):
             attentions[_attention(node, marks, chosen)] += 1
     batch = find_batch(graph)
-    flops, moved_, weights_, carries = zip(*columns, strict=True) if columns else ((), (), (), ())
+    flops, moved_, weights_, carries, attends = zip(*kinds_of, strict=True) if kinds_of else ((), (), (), (), ())
     return Workload(
         attentions=tuple(_counted(a, n) for a, n in attentions.items()),
         flops=np.array(flops, dtype=np.float64),
@@ -105,6 +134,11 @@ def workload(program: Program) -> Workload:
         peak=_peak(graph, set(kinds)),
         rows=candidates[0].rows if candidates else 1,
         batch=batch.seeds[0].pos.size if batch is not None else 1,
+        counts=np.array(list(kinds_of.values()), dtype=np.float64),
+        attends=np.array(attends, dtype=bool),
+        pointwise=(fused[True], fused[False]),
+        sums=tuple(Counter(node_bytes(n, _shape(n)) for group in groups for n in group.rows).items()),
+        cut=cut,
     )
 
 
@@ -125,6 +159,11 @@ def joined(several: Sequence[Workload]) -> Workload:
         peak=max(w.peak for w in several),
         rows=largest.rows,
         batch=largest.batch,
+        counts=np.concatenate([w.counts for w in several]),
+        attends=np.concatenate([w.attends for w in several]),
+        pointwise=(sum(w.pointwise[0] for w in several), sum(w.pointwise[1] for w in several)),
+        sums=tuple(x for w in several for x in w.sums),
+        cut=sum(w.cut for w in several),
     )
 
 
