@@ -2,8 +2,8 @@
 
 The program is traced once more so that ``pack`` and ``unpack`` become the slices and
 concatenations they stand for (which Inductor fuses with their neighbours) and composite
-operators are decomposed; then ``compile_fx_inner`` compiles it as it is. Weights are
-static inputs.
+operators are decomposed; its order is pinned; then ``compile_fx_inner`` compiles it as it is.
+Weights are static inputs.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from fastpar.backends.pinned import pin
 from fastpar.core.errors import OptionError
 from fastpar.graph.program import Program
 from fastpar.ops.checksum import checksum_formula
@@ -41,6 +42,8 @@ def compile_inductor(program: Program) -> Callable[[list[Any]], Sequence[Any]]:
     program.gm.recompile()
     with mode, torch.no_grad():
         traced = make_fx(program.gm, decomposition_table=table)(*values)
+    pin(traced.graph, compute=bool(program.gm.meta.get("pinned")))
+    traced.recompile()
     static = [i for i, given in enumerate(program.inputs) if given.kind in ("parameter", "buffer")]
     with tracing(TracingContext(mode)), torch.no_grad():
         compiled = compile_fx_inner(traced, values, static_input_idxs=static, is_inference=True)

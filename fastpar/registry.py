@@ -80,6 +80,12 @@ def _pack() -> type[Pass]:
     return Pack
 
 
+def _pin() -> type[Pass]:
+    from fastpar.passes.pin import Pin
+
+    return Pin
+
+
 def _quantize() -> type[Pass]:
     from fastpar.passes.quantize import Quantize
 
@@ -112,6 +118,7 @@ PASSES: dict[str, Callable[[], type[Pass]]] = {
     "hoist": _hoist,
     "pack": _pack,
     "overlap": _overlap,
+    "pin": _pin,
     "hold": _hold,
     "localise": _localise,
 }

@@ -89,9 +89,9 @@ def test_exact(plan: str, batch: int) -> None:
 
 def test_levels_are_gathered_together() -> None:
     captured = layers(tokens=12)
-    built = build(captured.programs[0].program, "ulysses=2", passes=always("ulysses=2").removesuffix(",overlap"))
+    built = build(captured.programs[0].program, "ulysses=2", passes=always("ulysses=2").removesuffix(",overlap,pin"))
     assert shared(built) == [1, 1, 2]
-    report = fastpar.explain(captured, plan="ulysses=2", passes=always("ulysses=2").removesuffix(",overlap"))
+    report = fastpar.explain(captured, plan="ulysses=2", passes=always("ulysses=2").removesuffix(",overlap,pin"))
     assert sum(c.count for c in report.collectives) == report.collectives_formula
     assert report.bytes_per_rank == report.bytes_formula  # 12 tokens and 12 columns: all is even
     calls = " ".join(str(n.target) for n in built.lowered.graph.nodes if n.op == "call_function")

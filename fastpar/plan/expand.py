@@ -45,7 +45,7 @@ def pipeline_text(plan: Plan, schedule: bool = True) -> str:
     steps.append("lower")
     if not plan.naive:  # whose ranks never talk
         steps.append("split-weights")
-    return ",".join([*steps, "hoist", *(["overlap"] if schedule else [])])
+    return ",".join([*steps, "hoist", *(["overlap", "pin"] if schedule else [])])
 
 
 def _quantizes(plan: Plan) -> None:
