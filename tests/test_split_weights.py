@@ -117,6 +117,13 @@ def test_wide_layers_pay_and_narrow_ones_do_not(box: str) -> None:
     assert shared(build(wide(128).programs[0].program, "ulysses=8", topology=box)) == []
 
 
+def test_what_does_not_pay_is_said() -> None:
+    built = build(wide(2048).programs[0].program, "ulysses=8", topology="l40-8")
+    assert shared(built) == [8]
+    (note,) = (n for n in built.notes if n.startswith("split-weights: 1 of the products"))
+    assert "save 1 us of computing, and their gather takes 35 us (" in note and "self.two" in note
+
+
 def test_what_is_repeated_is_read_by_nobody_twice() -> None:
     """The share of time is close to 1/N, where it is not without."""
     captured, plan = wide(3072, 512), "ulysses=8"

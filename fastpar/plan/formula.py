@@ -107,7 +107,7 @@ def volume(sharded: Program, plan: Plan, mesh: Mesh) -> Volume:
             kinds[(("E", size), ("N", mesh.size(axes)), ("itemsize", value.element_size()))] += 1
             sent = cost.elements("outputs", E=size, N=mesh.size(axes)) * value.element_size()
             out.flows.append(Flow(sent / deal, axes))
-            levels.add((level, axes))
+            levels.add((level, axes, bool(node.meta.get("hoisted"))))
     out.collectives += len(levels)
     rows = tuple(a for a in mesh.names if a not in (dealt, "tp"))
     for node in set(sharded.graph.output_node().all_input_nodes):
