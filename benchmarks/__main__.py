@@ -10,6 +10,7 @@ COMMANDS = {
     "real_size": ["benchmarks.real_size", "--depths"],
     "plans": ["benchmarks.plans"],
     "exact_bytes": ["benchmarks.exact_bytes"],
+    "passes": ["benchmarks.passes"],
     "hoist": ["benchmarks.hoist"],
     "published": ["benchmarks.published"],
     "verify_speed": ["benchmarks.verify_speed"],

@@ -69,8 +69,8 @@ class SplitWeights(Pass):
                     _erase(graph, [*parts, whole])
                     ctx.notes.append(
                         f"split-weights: {len(saves)} of the products that every rank repeats stay whole: shared out "
-                        f"over {'.'.join(axes)} they would save {1e6 * gain:.0f} us of computing, and their gather takes "
-                        f"{1e6 * cost:.0f} us ({source_line(saves[0].node)})"
+                        f"over {'.'.join(axes)} they would save {1e6 * gain:.0f} us of computing, and their gather "
+                        f"takes {1e6 * cost:.0f} us ({source_line(saves[0].node)})"
                     )
                     saves = []
             for one in level:
