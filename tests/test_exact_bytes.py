@@ -64,6 +64,21 @@ def test_guidance_and_cut_weights(plan: str, batch: int) -> None:
     assert [v for v in report.symbols if "S" in v] if "tp" in plan else report.symbols or plan == "cfg=2"
 
 
+def test_what_a_view_needs_whole_goes_to_the_output_in_one_gather() -> None:
+    """Rows that a view cannot cut are gathered before it; halves of the batch then too, not once more behind it."""
+
+    def attend(x: torch.Tensor) -> torch.Tensor:
+        q = x.unflatten(-1, (2, 4)).transpose(1, 2)
+        out = torch.nn.functional.scaled_dot_product_attention(q, q, q).transpose(1, 2).flatten(2)
+        return out.unflatten(1, (3, 5)).permute(0, 2, 1, 3).flatten(1, 2)
+
+    captured = fastpar.capture(attend, (torch.randn(2, 15, 8).double(),))
+    report = fastpar.verify(captured, plan="cfg=2,ulysses=2", passes=_written("cfg=2,ulysses=2"))
+    assert report.ok
+    assert [(c.axis, c.count) for c in report.collectives if c.why == "output"] == [("cfg.ulysses", 1)]
+    assert sum(c.count for c in report.collectives) == report.collectives_formula
+
+
 def test_links_of_a_topology() -> None:
     """Heads across machines, a ring inside: the network carries the torus, its own links all of it."""
     report = fastpar.explain(attention(24, 96, 2), plan="torus=4,ring=8", topology="a100-4x8")

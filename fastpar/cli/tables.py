@@ -228,8 +228,8 @@ def _orders(out: Console, report: Report) -> None:
 
 def _legend(values: Mapping[str, int]) -> str:
     """What a form's symbols stand for, as one reads it: ``57 attentions of 2-byte elements: Q = 14,155,776, ...``."""
-    what = "attention" if "Q" in values else "product cut by rows" if "S" in values else "output"
-    what = what.replace("product", "products") if values["count"] > 1 and "S" in values else what
+    what = "attention" if "Q" in values else "sum over cut columns" if "S" in values else "output"
+    what = what.replace("sum", "sums") if values["count"] > 1 and "S" in values else what
     plural = "s" * (values["count"] > 1 and "S" not in values)
     named = ", ".join(f"{name} = {value:,}" for name, value in values.items() if name not in ("count", "itemsize"))
     return f"{values['count']} {what}{plural} of {values['itemsize']}-byte elements: {named}"

@@ -22,7 +22,6 @@ from fastpar.graph.program import Program
 from fastpar.ops.ring import attention_lse
 from fastpar.plan import cost
 from fastpar.plan.expand import axis_of
-from fastpar.sharding.insert import HEAVY
 
 
 def dealt_bytes(program: Program, degree: int) -> int:
@@ -92,7 +91,7 @@ def volume(sharded: Program, plan: Plan, mesh: Mesh) -> Volume:
                 for name in cost.terms(plan)
             ]
             out.collectives += sum(int(cost.number(cost.COLLECTIVES[s])(**values)) for s in cost.spaces(plan))
-        elif plan.tp and plan.tp > 1 and _contracts_cut(node):
+        elif plan.tp and plan.tp > 1 and _sums_cut(node):
             value = node.meta["val"]
             shared = mesh.size(mesh.ordered(node.meta["layout"].split_axes))  # ranks that have other rows of it
             size = value.numel() // shared
@@ -127,10 +126,12 @@ def volume(sharded: Program, plan: Plan, mesh: Mesh) -> Volume:
 _ATTENTION = (torch.ops.fastpar.attention.default, attention_lse)
 
 
-def _contracts_cut(node: fx.Node) -> bool:
-    """A product whose weight is cut by rows (norms over cut columns sum less than a row each: not part of the form)."""
-    layout, schema = node.meta.get("layout"), getattr(node.target, "_schema", None)
-    return isinstance(layout, Layout) and "tp" in layout.partial_axes and schema is not None and schema.name in HEAVY
+def _sums_cut(node: fx.Node) -> bool:
+    """What is summed over cut columns: a product whose weight is cut by rows, or a norm's statistics."""
+    here, *before = (n.meta.get("layout") for n in (node, *node.all_input_nodes))
+    if not isinstance(here, Layout) or "tp" not in here.partial_axes:
+        return False
+    return not any(isinstance(x, Layout) and "tp" in x.partial_axes for x in before)
 
 
 def between_machines(sharded: Program, plan: Plan, mesh: Mesh) -> int:
@@ -154,7 +155,7 @@ def _form(plan: Plan) -> str:
     if terms and {*plan.fp8} & {*"qkvo"}:
         out[0] += " (f = (D + 4)/(b*D), rows of D numbers of b bytes)"
     if plan.tp and plan.tp > 1:
-        out.append(f"sum over pairs of products of {cost.text('sums of products')}")
+        out.append(f"sum over products cut by rows, and norms over cut columns, of {cost.text('sums of products')}")
     return ", plus ".join([*out, f"outputs {cost.text('outputs')}"])
 
 

@@ -82,6 +82,11 @@ def seed_layout(layout: Layout, pos: Pos, axes: tuple[str, ...], mesh: Mesh, uni
     return layout.with_dim(pos.dim, Dim.of([*around[0].atoms, middle, *around[2].atoms]))
 
 
+def gathered(have: Layout, want: Layout) -> bool:
+    """Whether some split axes become whole, and others stay."""
+    return bool(want.split_axes) and bool(have.split_axes - want.split_axes)
+
+
 class Inserter:
     """Writes the sharded graph of ``graph`` for seeds that are each cut over axes of ``mesh``, in ``unit`` rows.
 
@@ -194,6 +199,9 @@ class Inserter:
             self._inline(node, call, traced(call, written))
             return
         decision = rule_for(call).decide(call, layouts, self.mesh)
+        if call.tail and any(gathered(layouts[g.operand], decision.inputs[g.operand]) for g in decision.gathers):
+            # what is gathered here is the output's, which needs all of it: one gather, not one per axis
+            decision = rule_for(call).decide(call, tuple(Layout.whole(s) for s in call.shapes), self.mesh)
         new = self._emit(call, self._operands(call, decision, layouts), decision)
         if isinstance(node.meta["val"], torch.Tensor):
             self._hold(node, new, new.meta["layout"])
