@@ -364,9 +364,9 @@ MUTANTS = (
         ("tests/test_planner.py", "-k", "shared_by_its_devices"),
     ),
     Mutant(
-        "a wait ends when the exchange starts", "fastpar/plan/clock.py",
-        "ends[k][m] = ranks[m].free = begin + lasts[k]", "ends[k][m] = ranks[m].free = begin",
-        ("tests/test_planner.py", "-k", "prediction_agree"),
+        "a wait ends when the exchange starts", "fastpar/plan/engine.py",
+        "exchange.end = self.now", "exchange.end = exchange.begin",
+        ("tests/test_clock.py", "-k", "prediction_agree"),
     ),
     # -- what travels in 8 bits
     Mutant(

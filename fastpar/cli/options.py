@@ -63,4 +63,12 @@ Fake = Annotated[
 JsonFile = Annotated[
     Path | None, typer.Option("--json", help="Also write the report as JSON; - prints it instead of the tables.")
 ]
+TraceFile = Annotated[
+    Path | None,
+    typer.Option("--trace", help="Also write what every rank does when, predicted on --topology, as a Chrome trace "
+                 "(.json; ui.perfetto.dev opens it)."),
+]  # fmt: skip
+PictureFile = Annotated[
+    Path | None, typer.Option("--picture", help="The same as a picture (.png).")
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]

@@ -87,17 +87,19 @@ def explain(
     passes: str | None = None,
     verify_structure: bool = True,
     topology: str | None = None,
+    timeline: bool = False,
 ) -> Report:
     """What a plan would do to ``model``: shares, collectives, bytes, fallbacks; nothing is run.
 
     Works on fake tensors: a model of any size can be explained on a laptop. ``topology`` (a preset's name or a
-    TOML file) adds the predicted time, and what other plans would take.
+    TOML file) adds the predicted time, what other plans would take, and what every rank does when
+    (``Report.timeline``); with ``timeline`` also of programs that take the clock minutes.
     """
     captured = model if isinstance(model, Captured) else capture(model, _given(inputs))
     report = None
     for recorded in captured.programs:
         built = build(recorded.program, plan, ranks, passes, verify_structure=verify_structure, topology=topology)
-        part = _explained(built)
+        part = _explained(built, timeline)
         report = part if report is None else _join(report, part)
     return _nothing(report)
 
@@ -151,7 +153,7 @@ def _nothing(report: Report | None) -> Report:
 # -- explain ------------------------------------------------------------------------------------
 
 
-def _explained(built: Built) -> Report:
+def _explained(built: Built, timeline: bool = False) -> Report:
     ranks = built.mesh.ranks
     eager = flops(built.captured)[0]
     shared = flops(built.lowered)
@@ -184,7 +186,7 @@ def _explained(built: Built) -> Report:
         symbols=form.values,
         collectives_formula=form.collectives,
         seconds=dict(built.seconds),
-        **_timed(built, form),
+        **_timed(built, form, timeline),
         **_ordered(built),
         notes=list(map(str, built.notes)),
     )
@@ -224,14 +226,15 @@ CLOCKED = 150_000
 """Operators, of all ranks together, that the clock may walk: about a minute. Else the planner's prediction is told."""
 
 
-def _timed(built: Built, form: Volume) -> dict[str, Any]:
+def _timed(built: Built, form: Volume, timeline: bool) -> dict[str, Any]:
     """Fields of the report that need a topology."""
     if built.choice is None:
         return {}
     box = built.choice.topology
     deal = built.mesh.size((built.dealt,)) if built.dealt else 1
     parts = ("seconds", "compute", "communication", "exposed")
-    if built.mesh.ranks * built.lowered.num_nodes > CLOCKED:
+    line = None
+    if not timeline and built.mesh.ranks * built.lowered.num_nodes > CLOCKED:
         found = predict(workload(built.captured), built.plan, box)
         predicted = {k: getattr(found, k) for k in parts}
         built.notes.append(f"predicted by the closed forms: the clock would have to walk {built.mesh.ranks} programs "
@@ -247,6 +250,7 @@ def _timed(built: Built, form: Volume) -> dict[str, Any]:
     ]
     return {
         "topology": box.name,
+        "timeline": line,
         "links": _links(built, form, box),
         "predicted": predicted,
         "plans": rows,
@@ -317,6 +321,7 @@ def _join(a: Report, b: Report) -> Report:
     a.time_share = _weighted((a.time_share, b.time_share), (a.eager_time, b.eager_time))
     a.eager_flops, a.eager_time = sum(flops), a.eager_time + b.eager_time
     a.predicted = {k: a.predicted.get(k, 0) + b.predicted.get(k, 0) for k in {*a.predicted, *b.predicted}}
+    a.timeline = a.timeline.then(b.timeline) if a.timeline is not None and b.timeline is not None else None
     a.plans = a.plans if flops[0] >= flops[1] else b.plans  # those of the graph with more work
     a.orders = a.orders if flops[0] >= flops[1] else b.orders
     a.exposed += b.exposed
