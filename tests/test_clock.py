@@ -192,7 +192,7 @@ def test_jitter_is_seeded() -> None:
 
 def test_ranks_that_come_to_other_exchanges_are_an_error() -> None:
     both = exchange(0, "a", {(0, 1): 1})
-    with pytest.raises(CheckError, match="others never reach"):
+    with pytest.raises(CheckError, match="never reach: number 0 of call 0, over a among ranks .0, 1.; missing: 1"):
         play([[both[0], Wait(0)], []])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,9 @@ def check_files(trace: Path | None, picture: Path | None, topology: str | None) 
             raise OptionError(f"{option}: expected the name of a {suffix} file, not {str(path)!r}")
         if path.is_dir():
             raise OptionError(f"{option}: cannot write {str(path)!r}: it is a folder")
+        above = next(p for p in path.absolute().parents if p.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK):
+            raise OptionError(f"{option}: cannot write {str(path)!r}: {str(above)!r} is no folder to write to")
 
 
 def write_timeline(report: Report, trace: Path | None, picture: Path | None, model: str) -> None:

@@ -120,10 +120,18 @@ class Engine:
         while self.due or self.moving:
             self._advance()
         if any(rank.call < len(self.calls) for rank in self.ranks) or self.known:
-            raise CheckError("ranks wait for exchanges that others never reach")
+            raise CheckError(self._stuck())
         last = max(self.ranks, key=lambda r: r.time)
         self.events.sort(key=lambda e: (e.rank, e.start))
         return Timeline(last.time, last.computed, last.communicated, last.waited, self.events, self.ends)
+
+    def _stuck(self) -> str:
+        said = "ranks wait for exchanges that others never reach"
+        for (call, number, group), exchange in self.known.items():
+            missing = ", ".join(str(r) for r in group if r not in exchange.came)
+            axes = next(iter(exchange.starts.values())).axes
+            return f"{said}: number {number} of call {call}, over {axes} among ranks {group}; missing: {missing}"
+        return f"{said}, or come to them in different orders"
 
     # -- ranks ----------------------------------------------------------------------------------
 
