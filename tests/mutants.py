@@ -368,6 +368,16 @@ MUTANTS = (
         "exchange.end = self.now", "exchange.end = exchange.begin",
         ("tests/test_clock.py", "-k", "prediction_agree"),
     ),
+    Mutant(
+        "every exchange has its links alone", "fastpar/plan/links.py",
+        "found[i] = min(found[i], levels[link] / loads[i].links[link])", "found[i] = 1.0",
+        ("tests/test_clock.py", "-k", "twice_as_long"),
+    ),
+    Mutant(
+        "an exchange does not wait for its stream", "fastpar/plan/engine.py",
+        "or any(r.queues[axes][0] is not exchange for r, axes in members)", "",
+        ("tests/test_clock.py", "-k", "one_after_the_other"),
+    ),
     # -- what travels in 8 bits
     Mutant(
         "fp8: the receiver's scale", "fastpar/ops/quantize.py", "scale.view(torch.float32).to(wide)",

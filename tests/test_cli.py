@@ -169,12 +169,22 @@ def test_explain_writes_a_trace_and_a_picture(tmp_path: Path) -> None:
     assert "timeline" not in report and report["predicted"]["seconds"] > 0
 
 
+def test_explain_predicts_a_generation(tmp_path: Path) -> None:
+    out = tmp_path / "report.json"
+    said = run("explain", "models:two_graphs", *ULYSSES, "--topology", "l40-8", "--steps", "5", "--streams", "2",
+               "--json", str(out), "--picture", str(tmp_path / "steps.png"))  # fmt: skip
+    found = json.loads(out.read_text())["generation"]
+    assert found["steps"] == 5 and found["seconds"] == pytest.approx(found["first"] + 4 * found["step"])
+    assert "in 5 steps of 2 calls" in said
+    assert "--steps is about predicted times" in error("explain", "models:tiny", *ULYSSES, "--steps", "5")
+
+
 def test_a_timeline_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "file").write_text("")
     trace = tmp_path / "trace.json"
     on = ("explain", "models:tiny", *ULYSSES, "--topology", "l40-8")
-    assert "--trace shows predicted times" in error(*on[:-2], "--trace", str(trace))
+    assert "--trace is about predicted times" in error(*on[:-2], "--trace", str(trace))
     assert "expected the name of a .png file" in error(*on, "--trace", str(trace), "--picture", "line.jpg")
     assert "it is a folder" in error(*on, "--trace", str(trace), "--picture", str(tmp_path / "folder.png"))
     assert "--trace: cannot write" in error(*on, "--trace", str(tmp_path / "file" / "trace.json"))

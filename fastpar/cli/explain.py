@@ -17,6 +17,8 @@ from fastpar.cli.options import (
     PlanText,
     Ranks,
     Seed,
+    Steps,
+    Streams,
     Topology,
     TraceFile,
 )
@@ -35,6 +37,8 @@ def explain(
     passes: Passes = None,
     component: Component = None,
     seed: Seed = 0,
+    steps: Steps = None,
+    streams: Streams = 1,
     json: JsonFile = None,
     trace: TraceFile = None,
     picture: PictureFile = None,
@@ -47,11 +51,11 @@ def explain(
     from fastpar.cli.timelines import check_files, write_timeline
     from fastpar.run.verify import explain as run
 
-    check_files(trace, picture, topology)
+    check_files(trace, picture, topology, steps)
 
     loaded = load(model, inputs, input or (), dtype, seed, fake, component)
     report = run(captured(loaded), plan=plan, ranks=ranks, passes=passes, topology=topology,
-                 timeline=bool(trace or picture))  # fmt: skip
+                 timeline=bool(trace or picture), steps=steps, streams=streams)  # fmt: skip
     if json is None or str(json) != "-":
         show_report(report)
     if json is not None:

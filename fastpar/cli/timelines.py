@@ -12,16 +12,17 @@ if TYPE_CHECKING:
     from fastpar.run.report import Report
 
 
-def check_files(trace: Path | None, picture: Path | None, topology: str | None) -> None:
-    """Raise OptionError, before anything takes long, for files that could not be written."""
+def check_files(trace: Path | None, picture: Path | None, topology: str | None, steps: int | None) -> None:
+    """Raise OptionError, before anything takes long, for times without a topology and files that cannot be written."""
+    for option, asked in (("--trace", trace), ("--picture", picture), ("--steps", steps)):
+        if asked is not None and topology is None:
+            from fastpar.plan.topology import presets
+
+            raise OptionError(f"{option} is about predicted times, which need a topology; add --topology with a "
+                              f"preset ({', '.join(presets())}) or a TOML file")  # fmt: skip
     for option, path, suffix in (("--trace", trace, ".json"), ("--picture", picture, ".png")):
         if path is None:
             continue
-        if topology is None:
-            from fastpar.plan.topology import presets
-
-            raise OptionError(f"{option} shows predicted times, and for these it needs a topology; add --topology "
-                              f"with a preset ({', '.join(presets())}) or a TOML file")  # fmt: skip
         if path.suffix != suffix:
             raise OptionError(f"{option}: expected the name of a {suffix} file, not {str(path)!r}")
         if path.is_dir():

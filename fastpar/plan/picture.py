@@ -32,7 +32,7 @@ _WHITE, _EMPTY, _INK, _LINE = (255, 255, 255), (238, 238, 238), (30, 30, 30), (2
 def draw(
     timeline: Timeline, path: str | Path, title: str = "", begin: float = 0.0, end: float | None = None
 ) -> None:
-    """Write the timeline, or what of it is between ``begin`` and ``end`` (seconds), as a PNG.
+    """Write the timeline's events, or what of them is between ``begin`` and ``end`` (seconds), as a PNG.
 
     Where several things share a pixel, it has the colour of what takes most of it; nothing that was done vanishes.
     Raises OptionError for a span in which there is nothing, OSError where the file cannot be written.
@@ -42,7 +42,7 @@ def draw(
 
 def png(timeline: Timeline, title: str = "", begin: float = 0.0, end: float | None = None) -> bytes:
     """``draw`` as bytes."""
-    end = timeline.seconds if end is None else end
+    end = max((e.end for e in timeline.events), default=0.0) if end is None else end
     if not 0 <= begin < end:
         raise OptionError(f"a picture from {begin!r} to {end!r} seconds of a timeline of {timeline.seconds!r}: "
                           "begin is at least 0 and less than end")  # fmt: skip

@@ -119,7 +119,8 @@ class Report:
     With a topology, ``links`` has what crosses each class of links, ``predicted`` the seconds of this plan's program
     on the virtual clock (in all, computing, communicating, exposed), and ``plans`` every plan that was weighed.
     ``timeline`` is what every rank does meanwhile, for ``fastpar.plan.trace`` and ``fastpar.plan.picture``; None where
-    the clock had too many operators to walk.
+    the clock had too many operators to walk. ``generation``, where steps were given, has the seconds of a sampling run,
+    of its ``first`` step and of a later ``step``, and how many ``steps`` and ``streams`` it has.
     ``orders`` are those that ``overlap`` weighed for later calls, the one that it took first; ``exposed`` what nothing
     hides in it.
     """
@@ -155,6 +156,7 @@ class Report:
     plans: list[PlanRow] = field(default_factory=list)
     orders: list[OrderRow] = field(default_factory=list)
     exposed: list[ExposedRow] = field(default_factory=list)
+    generation: dict[str, float] = field(default_factory=dict)
     timeline: Timeline | None = field(default=None, repr=False)
 
     @property
