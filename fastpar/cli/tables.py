@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fastpar.cli.timelines import sampling
 from fastpar.core.errors import OptionError
 
 if TYPE_CHECKING:
@@ -97,15 +98,7 @@ def show_report(report: Report) -> None:
             f"{_ms(p['communication'])} communicating, of which {_ms(p['exposed'])} exposed",
         )
     if report.generation:
-        g = report.generation
-        steps, streams = int(g["steps"]), int(g["streams"])
-        each = f" of {streams} calls" if streams > 1 else ""
-        first, step = _ms(1e3 * g["first"]), _ms(1e3 * g["step"])
-        head.add_row(
-            "generation",
-            f"{g['seconds']:.3g} s in {steps} steps{each}: the first {first} ms, then {step} ms each; the sampler's own "
-            "work is not counted",
-        )
+        head.add_row("generation", sampling(report.generation))
     out.print(head)
     _plans(out, report)
     _links(out, report)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,3 +51,14 @@ def write_timeline(report: Report, trace: Path | None, picture: Path | None, mod
             write_whole(path, data)
         except OSError as error:
             raise OptionError(f"{option}: cannot write {str(path)!r}: {error}") from error
+
+
+def sampling(run: Mapping[str, float]) -> str:
+    """``Report.generation`` in a sentence."""
+    steps, streams = int(run["steps"]), int(run["streams"])
+    each = f" of {streams} calls" if streams > 1 else ""
+    later = f", then {1e3 * run['step']:.3g} ms each" if steps > 1 else ""
+    return (
+        f"{run['seconds']:.3g} s in {steps} step{'s' * (steps > 1)}{each}: the first {1e3 * run['first']:.3g} ms"
+        f"{later}; the sampler's own work is not counted"
+    )
