@@ -364,9 +364,19 @@ MUTANTS = (
         ("tests/test_planner.py", "-k", "shared_by_its_devices"),
     ),
     Mutant(
-        "a wait ends when the exchange starts", "fastpar/plan/clock.py",
-        "ends[k][m] = ranks[m].free = begin + lasts[k]", "ends[k][m] = ranks[m].free = begin",
-        ("tests/test_planner.py", "-k", "prediction_agree"),
+        "a wait ends when the exchange starts", "fastpar/plan/engine.py",
+        "exchange.end = self.now", "exchange.end = exchange.begin",
+        ("tests/test_clock.py", "-k", "prediction_agree"),
+    ),
+    Mutant(
+        "every exchange has its links alone", "fastpar/plan/links.py",
+        "found[i] = min(found[i], levels[link] / loads[i].links[link])", "found[i] = 1.0",
+        ("tests/test_clock.py", "-k", "twice_as_long"),
+    ),
+    Mutant(
+        "an exchange does not wait for its stream", "fastpar/plan/engine.py",
+        "or any(r.queues[axes][0] is not exchange for r, axes in members)", "",
+        ("tests/test_clock.py", "-k", "one_after_the_other"),
     ),
     # -- what travels in 8 bits
     Mutant(

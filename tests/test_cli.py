@@ -158,6 +158,40 @@ def test_explain_as_json_prints_nothing_else() -> None:
     assert report["ok"] is None and report["ranks"] == 2 and {c["kind"] for c in report["collectives"]}
 
 
+def test_explain_writes_a_trace_and_a_picture(tmp_path: Path) -> None:
+    trace, picture = tmp_path / "new" / "trace.json", tmp_path / "line.png"
+    files = ("--trace", str(trace), "--picture", str(picture))
+    said = run("explain", "models:two_graphs", *ULYSSES, "--topology", "l40-8", *files)
+    assert "predicted" in said
+    events = json.loads(trace.read_text())["traceEvents"]
+    assert {e["pid"] for e in events} == {0, 1, 2} and {"compute", "wait"} <= {e.get("cat") for e in events}
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    report = json.loads(run("explain", "models:tiny", *ULYSSES, "--topology", "l40-8", "--json", "-"))
+    assert "timeline" not in report and report["predicted"]["seconds"] > 0
+
+
+def test_explain_predicts_a_generation(tmp_path: Path) -> None:
+    out = tmp_path / "report.json"
+    said = run("explain", "models:two_graphs", *ULYSSES, "--topology", "l40-8", "--steps", "5", "--streams", "2",
+               "--json", str(out), "--picture", str(tmp_path / "steps.png"))  # fmt: skip
+    found = json.loads(out.read_text())["generation"]
+    assert found["steps"] == 5 and found["seconds"] == pytest.approx(found["first"] + 4 * found["step"])
+    assert "in 5 steps of 2 calls" in said
+    assert "--steps is about predicted times" in error("explain", "models:tiny", *ULYSSES, "--steps", "5")
+
+
+def test_a_timeline_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "file").write_text("")
+    trace = tmp_path / "trace.json"
+    on = ("explain", "models:tiny", *ULYSSES, "--topology", "l40-8")
+    assert "--trace is about predicted times" in error(*on[:-2], "--trace", str(trace))
+    assert "expected the name of a .png file" in error(*on, "--trace", str(trace), "--picture", "line.jpg")
+    assert "it is a folder" in error(*on, "--trace", str(trace), "--picture", str(tmp_path / "folder.png"))
+    assert "--trace: cannot write" in error(*on, "--trace", str(tmp_path / "file" / "trace.json"))
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "folder.png"]
+
+
 def test_opt_prints_the_last_program_unless_asked_otherwise() -> None:
     said = run("opt", "models:tiny", *ULYSSES)
     assert said.startswith("# -----// IR after overlap (overlap) //-----\n") and said.count("IR after") == 1

@@ -1,4 +1,4 @@
-"""Topologies, closed forms, the virtual clock and ``auto``."""
+"""Topologies, closed forms and ``auto``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 import fastpar
 from fastpar.core.errors import OptionError
 from fastpar.core.plan import Plan
-from fastpar.plan import clock, cost
+from fastpar.plan import cost
 from fastpar.plan.expand import pipeline_text
 from fastpar.plan.planner import choose
 from fastpar.plan.predict import predict
@@ -210,33 +210,12 @@ def test_of_several_results_the_first_one_counts() -> None:
     assert found.activations.tolist() == [2 * 3 * 8 * 4] and found.peak >= 3 * 8 * 4
 
 
-# -- the clock ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("plan", PLANS)
-def test_the_clock_and_the_prediction_agree(captured: fastpar.Captured, plan: str) -> None:
-    box = load("l40-8")
-    built = build(captured.programs[0].program, plan, passes=pipeline_text(Plan.parse(plan), schedule=False))
-    line = clock.run([built.localise(r) for r in range(built.mesh.ranks)], box)
-    found = predict(workload(captured.programs[0].program), Plan.parse(plan), box)
-    assert line.seconds == pytest.approx(found.seconds, rel=0.1)
-    assert line.exposed <= 1.01 * line.communication  # a rank may wait for a busier one, too
-    assert line.seconds == pytest.approx(line.compute + line.exposed)
+# -- overlap ----------------------------------------------------------------------------------------
 
 
 def slower(topology: Topology, bandwidth: float = 1.0, latency: float = 1.0) -> Topology:
     levels = tuple(Level(x.name, x.size, x.bandwidth * bandwidth, x.latency * latency) for x in topology.levels)
     return Topology(topology.name, topology.description, topology.device, levels)
-
-
-def test_worse_links_are_never_faster(captured: fastpar.Captured) -> None:
-    built = build(captured.programs[0].program, "ulysses=2,ring=2")
-    programs = [built.localise(r) for r in range(4)]
-    base = load("h100-8")
-    boxes = (base, slower(base, 1e-4), slower(base, 1e-6), slower(base, 1e-6, 50))
-    times = [clock.run(programs, box).seconds for box in boxes]
-    assert times == sorted(times) and times[-1] > 2 * times[0]
-    assert {e.stream for e in clock.run(programs, base).events} == {"compute", "communication", "wait"}
 
 
 def test_an_exchange_under_way_hides_behind_what_runs() -> None:

@@ -63,4 +63,18 @@ Fake = Annotated[
 JsonFile = Annotated[
     Path | None, typer.Option("--json", help="Also write the report as JSON; - prints it instead of the tables.")
 ]
+Steps = Annotated[
+    int | None, typer.Option("--steps", min=1, help="Also predict a sampling run of so many steps on --topology.")
+]
+Streams = Annotated[
+    int, typer.Option("--streams", min=1, help="With --steps: calls per step; 2 where guidance is a call of its own.")
+]
+TraceFile = Annotated[
+    Path | None,
+    typer.Option("--trace", help="Also write what every rank does when, predicted on --topology, as a Chrome trace "
+                 "(.json; ui.perfetto.dev opens it)."),
+]  # fmt: skip
+PictureFile = Annotated[
+    Path | None, typer.Option("--picture", help="The same as a picture (.png).")
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]

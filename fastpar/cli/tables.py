@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fastpar.cli.timelines import sampling
 from fastpar.core.errors import OptionError
 
 if TYPE_CHECKING:
@@ -96,6 +97,8 @@ def show_report(report: Report) -> None:
             f"{_ms(p['seconds'])} ms per call on {report.topology}: {_ms(p['compute'])} computing, "
             f"{_ms(p['communication'])} communicating, of which {_ms(p['exposed'])} exposed",
         )
+    if report.generation:
+        head.add_row("generation", sampling(report.generation))
     out.print(head)
     _plans(out, report)
     _links(out, report)

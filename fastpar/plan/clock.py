@@ -1,30 +1,34 @@
 """A virtual clock: how long the ranks' programs take on a topology, and what they wait for.
 
-Two streams per rank. Operators run one after the other on the first, each for the larger of FLOPs over peak and
-bytes over bandwidth; an exchange starts when all ranks of its group have come to it and their second stream is
-free, lasts as long as the busiest link needs (the same exchange of all groups at once, so that a shared link is
-shared), and a wait holds the first stream until it is over. What a wait holds is exposed communication.
+Operators of a rank run one after the other on its computing stream, each for the larger of FLOPs over peak and bytes
+over bandwidth. An exchange starts when all ranks of its group have come to it, on the stream that they have for these
+axes of the mesh; exchanges that are under way at once share the links (``fastpar.plan.engine``). A wait holds the
+computing stream until the exchange is over, and what it holds is exposed communication.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import fx
 
-from fastpar.core.errors import CheckError
+from fastpar.core.errors import CheckError, OptionError
 from fastpar.core.mesh import Mesh
-from fastpar.graph.count import node_flops
+from fastpar.graph.count import likeness, node_flops
 from fastpar.graph.program import Program, source_line
 from fastpar.graph.roofline import local_shape, node_bytes, reads
 from fastpar.ops.collectives import pack, unpack
+from fastpar.plan.engine import Call, Engine, Op, Script, Start, Wait
+from fastpar.plan.links import Load, load
 from fastpar.plan.predict import FUSED, LAUNCH
+from fastpar.plan.timeline import Event, Timeline
 from fastpar.plan.topology import Device, Topology
+
+__all__ = ["Event", "Timeline", "call", "play", "read_seconds", "run", "seconds"]
 
 _C10D = torch.ops._c10d_functional
 _STARTS = (_C10D.all_to_all_single.default, _C10D.all_gather_into_tensor.default, _C10D.all_reduce.default)
@@ -33,113 +37,93 @@ _STARTS = (_C10D.all_to_all_single.default, _C10D.all_gather_into_tensor.default
 _ATTENTIONS = ("fastpar::attention", "fastpar::attention_lse")
 
 
-@dataclass(frozen=True)
-class Event:
-    """Something that a rank's stream (``compute``, ``communication`` or ``wait``) did, in seconds."""
+def run(
+    programs: Sequence[Program],
+    topology: Topology,
+    slowdown: Mapping[int, float] | None = None,
+    jitter: float = 0.0,
+    seed: int = 0,
+) -> Timeline:
+    """The timeline of one call of N localised programs (rank r on device r).
 
-    rank: int
-    stream: str
-    name: str
-    start: float
-    end: float
-    source: str = ""
-
-
-@dataclass
-class Timeline:
-    """One call on all ranks: seconds until the last is done; of the busiest rank what it computed, what its
-    exchanges took and what of that it waited for."""
-
-    seconds: float = 0.0
-    compute: float = 0.0
-    communication: float = 0.0
-    exposed: float = 0.0
-    events: list[Event] = field(default_factory=list)
-
-
-def run(programs: Sequence[Program], topology: Topology) -> Timeline:
-    """The timeline of N localised programs (rank r on device r).
-
-    Raises OptionError for too few devices, CheckError where ranks come to different exchanges.
+    ``slowdown`` has the ranks that compute slower than the others, and how many times; with ``jitter`` every operator
+    takes up to that share longer, by a number drawn from ``seed``. Raises OptionError for too few devices and for bad
+    values, CheckError where ranks come to different exchanges.
     """
+    return play([call(programs, topology)], programs[0].mesh, topology, slowdown, jitter, seed)
+
+
+def play(
+    calls: Sequence[Call],
+    mesh: Mesh,
+    topology: Topology,
+    slowdown: Mapping[int, float] | None = None,
+    jitter: float = 0.0,
+    seed: int = 0,
+    keep: int | None = None,
+) -> Timeline:
+    """The timeline of several calls (see ``call``), one after the other on every rank; arguments as for ``run``.
+    Events of the first ``keep`` calls are kept, by default of all."""
+    factors = [1.0] * mesh.ranks
+    for rank, factor in (slowdown or {}).items():
+        if rank not in range(mesh.ranks):
+            raise OptionError(f"slowdown: there is no rank {rank!r}; valid: 0 to {mesh.ranks - 1}")
+        if not 0 < factor < math.inf:
+            raise OptionError(f"slowdown: rank {rank} takes a number above 0 times as long, not {factor!r}")
+        factors[rank] = float(factor)
+    if not 0 <= jitter < math.inf:
+        raise OptionError(f"jitter is a share of an operator's time, 0 or more, not {jitter!r}")
+    return Engine(calls, [level.reached for level in topology.levels], factors, jitter, seed, keep).run()
+
+
+def call(programs: Sequence[Program], topology: Topology) -> Call:
+    """What the ranks do in one call of their localised programs, with seconds and loads. Errors as for ``run``."""
     mesh: Mesh = programs[0].mesh
     topology.check(mesh.ranks)
     starts = [[n for n in p.graph.nodes if n.target in _STARTS] for p in programs]
     if len({len(s) for s in starts}) > 1:
         raise CheckError(f"ranks start different numbers of exchanges: {[len(s) for s in starts]}")
-    lasts = _durations(starts, mesh, topology)
-    ranks = [_Rank(r, p, mesh, topology.device) for r, p in enumerate(programs)]
-    arrived: list[dict[int, float]] = [{} for _ in lasts]
-    ends: list[dict[int, float]] = [{} for _ in lasts]
-    while any(not r.done for r in ranks):
-        moved = False
-        for rank in ranks:
-            moved |= rank.advance(arrived, ends)
-        for k, came in enumerate(arrived):
-            for member in list(came):
-                group = mesh.group(member, tuple(str(starts[member][k].args[-1]).split(".")))
-                if member in ends[k] or not all(m in came for m in group):
-                    continue
-                begin = max(max(came[m], ranks[m].free) for m in group)
-                for m in group:
-                    ends[k][m] = ranks[m].free = begin + lasts[k]
-                    node = starts[m][k]
-                    name = str(node.target).split(".")[1]
-                    ranks[m].events.append(Event(m, "communication", name, begin, ends[k][m], source_line(node)))
-                moved = True
-        if not moved:
-            raise CheckError("ranks wait for exchanges that others never reach")
-    busiest = max(ranks, key=lambda r: r.time)
-    return Timeline(
-        seconds=busiest.time,
-        compute=busiest.computed,
-        communication=sum(e.end - e.start for e in busiest.events if e.stream == "communication"),
-        exposed=busiest.waited,
-        events=[e for r in ranks for e in r.events],
-    )
+    loads = _loads(starts, mesh, topology)
+    return [_script(p, rank, mesh, topology.device, loads) for rank, p in enumerate(programs)]
 
 
-class _Rank:
-    """One rank on its way through its program."""
+def _script(program: Program, rank: int, mesh: Mesh, device: Device, loads: Sequence[Mapping[int, Load]]) -> Script:
+    script: list[Op | Start | Wait] = []
+    number: dict[fx.Node, int] = {}
+    lines: dict[str, str] = {}
+    known: dict[Any, float] = {}
 
-    def __init__(self, rank: int, program: Program, mesh: Mesh, device: Device) -> None:
-        self.rank, self.mesh, self.device = rank, mesh, device
-        self.time = self.free = self.computed = self.waited = 0.0
-        self.events: list[Event] = []
-        self.done = False
-        self.nodes: Iterator[fx.Node] = iter(program.graph.nodes)
-        self.at: fx.Node | None = next(self.nodes, None)
-        self.number: dict[fx.Node, int] = {}
+    def source(node: fx.Node) -> str:
+        trace = node.meta.get("stack_trace") or ""
+        if trace not in lines:
+            lines[trace] = source_line(node)
+        return lines[trace]
 
-    def advance(self, arrived: list[dict[int, float]], ends: list[dict[int, float]]) -> bool:
-        """Run on until a wait whose end is not known yet; whether anything ran."""
-        moved = False
-        while self.at is not None:
-            node = self.at
-            if node.target in _STARTS:
-                k = self.number[node] = len(self.number)
-                arrived[k][self.rank] = self.time
-            elif node.target is _C10D.wait_tensor.default:
-                k = self.number[node.args[0]]  # type: ignore[index]
-                if self.rank not in ends[k]:
-                    return moved
-                over = ends[k][self.rank]
-                if over > self.time:
-                    self.waited += over - self.time
-                    self.events.append(Event(self.rank, "wait", "wait", self.time, over, source_line(node)))
-                    self.time = over
-            else:
-                self._compute(node)
-            self.at, moved = next(self.nodes, None), True
-        self.done = True
-        return moved
+    def took(node: fx.Node) -> float:
+        """Blocks of a model are alike: what an operator takes is worked out once."""
+        if not reads(node):
+            return seconds(node, mesh, rank, device)
+        key = likeness(node)
+        if key not in known:
+            known[key] = seconds(node, mesh, rank, device)
+        return known[key]
 
-    def _compute(self, node: fx.Node) -> None:
-        took = seconds(node, self.mesh, self.rank, self.device)
-        if took:
-            name = str(node.target).removesuffix(".default")
-            self.events.append(Event(self.rank, "compute", name, self.time, self.time + took, source_line(node)))
-            self.time, self.computed = self.time + took, self.computed + took
+    for node in program.graph.nodes:
+        if node.target in _STARTS:
+            k = number[node] = len(number)
+            name, axes = str(node.target).split(".")[1], str(node.args[-1])
+            group = mesh.group(rank, tuple(axes.split(".")))
+            script.append(Start(k, group, axes, loads[k][rank], name, source(node), _sent(node, group, rank)))
+        elif node.target is _C10D.wait_tensor.default:
+            script.append(Wait(number[node.args[0]], source(node)))  # type: ignore[index]
+        elif length := took(node):
+            script.append(Op(length, str(node.target).removesuffix(".default"), source(node)))
+    return script
+
+
+def read_seconds(size: float, device: Device) -> float:
+    """Seconds in which a device reads or writes so many bytes of its memory."""
+    return size / (device.bandwidth * device.streaming)
 
 
 def seconds(node: fx.Node, mesh: Mesh, rank: int, device: Device) -> float:
@@ -188,16 +172,31 @@ def _itemsize(node: fx.Node) -> int:
     return 1 if len(dtypes) > 1 else _itemsizes(node)[0]
 
 
-def _durations(starts: Sequence[Sequence[fx.Node]], mesh: Mesh, topology: Topology) -> list[float]:
-    """Seconds of every exchange, all its groups at once."""
-    known: dict[Any, float] = {}
+def _loads(starts: Sequence[Sequence[fx.Node]], mesh: Mesh, topology: Topology) -> list[dict[int, Load]]:
+    """By rank, what every exchange of its group takes of the links; those alike are looked at once."""
+    known: dict[Any, dict[int, Load]] = {}
     out = []
     for several in zip(*starts, strict=True):
         key = tuple((n.target, _itemsize(n), str(n.args[1:]), _given(n)) for n in several)
         if key not in known:
-            known[key] = topology.seconds(_messages(several, mesh))
+            src, dst, size = _messages(several, mesh)
+            known[key] = {}
+            for rank, node in enumerate(several):
+                if rank not in known[key]:
+                    group = mesh.group(rank, tuple(str(node.args[-1]).split(".")))
+                    own = np.isin(src, group)
+                    known[key].update(dict.fromkeys(group, load(topology, (src[own], dst[own], size[own]))))
         out.append(known[key])
     return out
+
+
+def _sent(node: fx.Node, group: Sequence[int], rank: int) -> int:
+    """Bytes that leave the rank for others."""
+    if node.target is _C10D.all_to_all_single.default:
+        splits: Any = node.args[2]
+        return _itemsize(node) * (sum(splits) - splits[group.index(rank)])
+    gathered = _given(node) * (len(group) - 1)
+    return 2 * gathered // len(group) if node.target is _C10D.all_reduce.default else gathered
 
 
 def _given(node: fx.Node) -> int:

@@ -218,8 +218,11 @@ def _talk(
     if degree > 1:
         seconds = 2 * place.all_to_all(["ulysses"], k / (n * u))
         if u > 1:
-            seconds += 2 * place.all_to_all(["ulysses"], q / (n * degree))
+            queries = place.all_to_all(["ulysses"], q / (n * degree))
+            seconds += 2 * queries
         exposed = seconds
+        if 1 < u < degree:  # queries and keys go over different groups at once: links are shared, a latency is not
+            exposed -= 2 * queries - place.all_to_all(["ulysses"], 2 * q / (n * degree))
     blocks = a.flops / batch / n / peak  # a rank's attention; a step or a stage hides under a part of it
     if machines > 1:
         pulled, keys = place.shift(["torus"], q / (n * m)), place.shift(["torus"], 2 * k / (r * u * m))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastpar.graph.count import Collective
+from fastpar.plan.timeline import Timeline
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,9 @@ class Report:
     ``step_flops_share``, ``step_bytes_per_rank`` and ``step_collectives`` (how many) what they are left with.
     With a topology, ``links`` has what crosses each class of links, ``predicted`` the seconds of this plan's program
     on the virtual clock (in all, computing, communicating, exposed), and ``plans`` every plan that was weighed.
+    ``timeline`` is what every rank does meanwhile, for ``fastpar.plan.trace`` and ``fastpar.plan.picture``; None where
+    the clock had too many operators to walk. ``generation``, where steps were given, has the seconds of a sampling run,
+    of its ``first`` step and of a later ``step``, and how many ``steps`` and ``streams`` it has.
     ``orders`` are those that ``overlap`` weighed for later calls, the one that it took first; ``exposed`` what nothing
     hides in it.
     """
@@ -152,6 +156,8 @@ class Report:
     plans: list[PlanRow] = field(default_factory=list)
     orders: list[OrderRow] = field(default_factory=list)
     exposed: list[ExposedRow] = field(default_factory=list)
+    generation: dict[str, float] = field(default_factory=dict)
+    timeline: Timeline | None = field(default=None, repr=False)
 
     @property
     def step_flops_share(self) -> float:
@@ -166,9 +172,11 @@ class Report:
         return sum(c.count for c in self.collectives) - self.hoisted.collectives
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Plain values, for JSON; without the timeline, whose form is a trace."""
         steps = ("step_flops_share", "step_bytes_per_rank", "step_collectives")
-        return {**dataclasses.asdict(self), **{name: getattr(self, name) for name in steps}}
+        plain = dataclasses.asdict(dataclasses.replace(self, timeline=None))
+        del plain["timeline"]
+        return {**plain, **{name: getattr(self, name) for name in steps}}
 
     def __bool__(self) -> bool:
         return bool(self.ok)

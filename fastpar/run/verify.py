@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
 from fastpar.backends.simulate import run_local
-from fastpar.core.errors import FastparError
+from fastpar.core.errors import FastparError, OptionError
 from fastpar.core.plan import Plan
 from fastpar.graph import roofline
 from fastpar.graph.capture import Captured, Inputs, Recorded, call_arguments, capture, compile_fx
@@ -28,6 +28,7 @@ from fastpar.graph.program import Program, source_line, target_name
 from fastpar.graph.prologue import split
 from fastpar.plan import clock
 from fastpar.plan.formula import Volume, dealt_bytes, volume
+from fastpar.plan.generation import generation
 from fastpar.plan.predict import predict
 from fastpar.plan.topology import Topology
 from fastpar.plan.workload import workload
@@ -87,17 +88,25 @@ def explain(
     passes: str | None = None,
     verify_structure: bool = True,
     topology: str | None = None,
+    timeline: bool = False,
+    steps: int | None = None,
+    streams: int = 1,
 ) -> Report:
     """What a plan would do to ``model``: shares, collectives, bytes, fallbacks; nothing is run.
 
     Works on fake tensors: a model of any size can be explained on a laptop. ``topology`` (a preset's name or a
-    TOML file) adds the predicted time, and what other plans would take.
+    TOML file) adds the predicted time, what other plans would take, and what every rank does when
+    (``Report.timeline``); with ``timeline`` also of programs that take the clock minutes. With ``steps`` it adds what
+    a sampling run of so many takes that calls the model ``streams`` times in each (``Report.generation``), and the
+    timeline is that of its first two steps. Raises OptionError for ``steps`` without a topology.
     """
+    if steps is not None and topology is None:
+        raise OptionError("what a generation takes needs a topology: a preset or a TOML file")
     captured = model if isinstance(model, Captured) else capture(model, _given(inputs))
     report = None
     for recorded in captured.programs:
         built = build(recorded.program, plan, ranks, passes, verify_structure=verify_structure, topology=topology)
-        part = _explained(built)
+        part = _explained(built, _Play(timeline, steps, streams))
         report = part if report is None else _join(report, part)
     return _nothing(report)
 
@@ -151,7 +160,16 @@ def _nothing(report: Report | None) -> Report:
 # -- explain ------------------------------------------------------------------------------------
 
 
-def _explained(built: Built) -> Report:
+@dataclass(frozen=True)
+class _Play:
+    """What the clock is asked for besides one call: its timeline at any cost, and a generation."""
+
+    timeline: bool = False
+    steps: int | None = None
+    streams: int = 1
+
+
+def _explained(built: Built, play: _Play = _Play()) -> Report:  # noqa: B008  (frozen)
     ranks = built.mesh.ranks
     eager = flops(built.captured)[0]
     shared = flops(built.lowered)
@@ -184,7 +202,7 @@ def _explained(built: Built) -> Report:
         symbols=form.values,
         collectives_formula=form.collectives,
         seconds=dict(built.seconds),
-        **_timed(built, form),
+        **_timed(built, form, play),
         **_ordered(built),
         notes=list(map(str, built.notes)),
     )
@@ -224,21 +242,27 @@ CLOCKED = 150_000
 """Operators, of all ranks together, that the clock may walk: about a minute. Else the planner's prediction is told."""
 
 
-def _timed(built: Built, form: Volume) -> dict[str, Any]:
+def _timed(built: Built, form: Volume, play: _Play) -> dict[str, Any]:
     """Fields of the report that need a topology."""
     if built.choice is None:
         return {}
     box = built.choice.topology
     deal = built.mesh.size((built.dealt,)) if built.dealt else 1
     parts = ("seconds", "compute", "communication", "exposed")
-    if built.mesh.ranks * built.lowered.num_nodes > CLOCKED:
+    line, whole = None, {}
+    if not play.timeline and play.steps is None and built.mesh.ranks * built.lowered.num_nodes > CLOCKED:
         found = predict(workload(built.captured), built.plan, box)
         predicted = {k: getattr(found, k) for k in parts}
         built.notes.append(f"predicted by the closed forms: the clock would have to walk {built.mesh.ranks} programs "
                            f"of {built.lowered.num_nodes:,} operators")  # fmt: skip
     else:
-        line = clock.run([built.localise(r) for r in range(built.mesh.ranks)], box)
+        programs = [built.localise(r) for r in range(built.mesh.ranks)]
+        line = clock.run(programs, box)
         predicted = {k: getattr(line, k) / deal for k in parts}
+        if play.steps is not None:
+            run = generation(programs, box, play.steps, math.ceil(play.streams / deal))
+            line, whole = run.timeline, {k: getattr(run, k) for k in ("seconds", "first", "step")}
+            whole |= {"steps": play.steps, "streams": play.streams}
     rows = [
         PlanRow(v.plan, 1e3 * p.seconds, 1e3 * p.exposed, int(p.bytes), p.memory / 1e9, v.reason, p.links)
         if (p := v.prediction) is not None
@@ -247,6 +271,8 @@ def _timed(built: Built, form: Volume) -> dict[str, Any]:
     ]
     return {
         "topology": box.name,
+        "timeline": line,
+        "generation": whole,
         "links": _links(built, form, box),
         "predicted": predicted,
         "plans": rows,
@@ -317,6 +343,8 @@ def _join(a: Report, b: Report) -> Report:
     a.time_share = _weighted((a.time_share, b.time_share), (a.eager_time, b.eager_time))
     a.eager_flops, a.eager_time = sum(flops), a.eager_time + b.eager_time
     a.predicted = {k: a.predicted.get(k, 0) + b.predicted.get(k, 0) for k in {*a.predicted, *b.predicted}}
+    a.generation |= {k: a.generation[k] + b.generation[k] for k in ("seconds", "first", "step") if a.generation}
+    a.timeline = a.timeline.then(b.timeline) if a.timeline is not None and b.timeline is not None else None
     a.plans = a.plans if flops[0] >= flops[1] else b.plans  # those of the graph with more work
     a.orders = a.orders if flops[0] >= flops[1] else b.orders
     a.exposed += b.exposed

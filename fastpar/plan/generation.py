@@ -1,0 +1,79 @@
+"""Whole generations on the virtual clock: what runs once, and a sampler's steps behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from fastpar.core.errors import OptionError
+from fastpar.core.mesh import Mesh
+from fastpar.graph.program import Program
+from fastpar.graph.prologue import Parts, split
+from fastpar.graph.roofline import local_shape, node_bytes
+from fastpar.plan.clock import call, play, read_seconds
+from fastpar.plan.engine import Call, Op
+from fastpar.plan.timeline import Timeline
+from fastpar.plan.topology import Device, Topology
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A sampling run: seconds until the last rank is done, seconds of every step (from the end of the one before to
+    its own end, on the last rank), and the timeline of all calls (events of the first steps only)."""
+
+    seconds: float
+    steps: tuple[float, ...]
+    timeline: Timeline
+
+    @property
+    def first(self) -> float:
+        """Seconds of the first step, which also runs the prologues."""
+        return self.steps[0]
+
+    @property
+    def step(self) -> float:
+        """Mean seconds of a later step; of the first where there is no other."""
+        return (self.seconds - self.first) / (len(self.steps) - 1) if len(self.steps) > 1 else self.first
+
+
+def generation(
+    programs: Sequence[Program],
+    topology: Topology,
+    steps: int,
+    streams: int = 1,
+    slowdown: Mapping[int, float] | None = None,
+    jitter: float = 0.0,
+    seed: int = 0,
+    keep: int = 2,
+) -> Generation:
+    """``steps`` steps of a sampler that calls N localised programs ``streams`` times in each (2 where guidance is a
+    call of its own): every stream's first call runs the prologue, which ``hoist`` has marked, and the step, later
+    calls the step; all check what the prologue read. Ranks meet at exchanges only, not between calls. The sampler's
+    own work is not counted. Events of the first ``keep`` steps are kept; other arguments and errors as for
+    ``clock.run``.
+    """
+    for name, value in (("steps", steps), ("streams", streams)):
+        if value < 1:
+            raise OptionError(f"{name} is a whole number above 0, not {value!r}")
+    mesh: Mesh = programs[0].mesh
+    parts = [p for p in map(split, programs) if p is not None]
+    calls: list[Call] = []
+    ends: list[int] = []  # of each step, the number of its last call
+    if parts:
+        check = [[Op(_checked(p, r, mesh, topology.device), "check")] for r, p in enumerate(parts)]
+        once, step = call([p.prologue for p in parts], topology), call([p.step for p in parts], topology)
+        first, later = [check, once, step], [check, step]
+    else:
+        first = later = [call(programs, topology)]
+    for number in range(steps):
+        calls += (later if number else first) * streams
+        ends.append(len(calls) - 1)
+    kept = ends[min(keep, steps) - 1] + 1 if keep > 0 else 0
+    line = play(calls, mesh, topology, slowdown, jitter, seed, kept)
+    done = [line.calls[i] for i in ends]
+    return Generation(line.seconds, tuple(b - a for a, b in zip([0.0, *done], done, strict=False)), line)
+
+
+def _checked(parts: Parts, rank: int, mesh: Mesh, device: Device) -> float:
+    """Seconds in which a rank reads what its prologue reads, as every call does to see whether it changed."""
+    return read_seconds(sum(node_bytes(n, local_shape(n, mesh, rank)) for n in parts.prologue.placeholders), device)
