@@ -40,6 +40,8 @@ STEPS = (
     ("overlap", "lower,split-weights,hoist,overlap"),
 )
 """Name of a row, and the end of its pipeline; fp8(qvo) follows with the last of them."""
+OTHERS = {"h100-8": ("ulysses=8",), "l40-8": ("ulysses=8",)}
+"""Plans beside the one that the planner chooses: what peers run on a machine of eight."""
 RESULTS, PAGE, FIGURE = Path("benchmarks/results/passes.json"), Path("docs/passes.md"), Path("docs/passes.svg")
 
 
@@ -74,17 +76,19 @@ def rows(name: str) -> list[dict[str, Any]]:
     program = fastpar.capture(loaded.model, loaded.inputs).programs[0].program
     work, out = workload(program), []
     for machine, ranks in MACHINES.items():
-        choice = choose(work, ranks, load(machine))
-        won = choice.verdicts[0].prediction
-        assert won is not None
-        plan = str(choice.plan)
-        for step, end in (*STEPS, ("fp8(qvo)", STEPS[-1][1])):
-            asked = f"{plan},fp8(qvo)" if step == "fp8(qvo)" else plan
-            found = {"model": name, "machine": machine, "step": step} | measure(program, asked, end, won.order, machine)
-            out.append(found)
-            print(f"{name:18} {machine:9} {asked:26} {step:14}{found['milliseconds']:>11.2f} ms "
-                  f"{found['exposed']:>10.2f} exposed {found['collectives']:>5}  {found['order']}",
-                  flush=True)  # fmt: skip
+        verdicts = {v.plan: v.prediction for v in choose(work, ranks, load(machine)).verdicts}
+        chosen = next(iter(verdicts))
+        for plan in dict.fromkeys((chosen, *OTHERS.get(machine, ()))):
+            won = verdicts[plan]
+            assert won is not None
+            for step, end in (*STEPS, ("fp8(qvo)", STEPS[-1][1])):
+                asked = f"{plan},fp8(qvo)" if step == "fp8(qvo)" else plan
+                found = {"model": name, "machine": machine, "base": plan, "chosen": plan == chosen, "step": step}
+                found |= measure(program, asked, end, won.order, machine)
+                out.append(found)
+                print(f"{name:18} {machine:9} {asked:26} {step:14}{found['milliseconds']:>11.2f} ms "
+                      f"{found['exposed']:>10.2f} exposed {found['collectives']:>5}  {found['order']}",
+                      flush=True)  # fmt: skip
     return out
 
 
@@ -92,20 +96,29 @@ def table(results: list[dict[str, Any]]) -> str:
     """Milliseconds of a call, exposed in brackets: a line per model and machine, a column per pass."""
     names = [name for name, _ in STEPS] + ["fp8(qvo)"]
     lines = ["| model | machine | plan | " + " | ".join(names) + " | order |", "|---" * (len(names) + 4) + "|"]
-    for model, machine in dict.fromkeys((r["model"], r["machine"]) for r in results):
-        own = {r["step"]: r for r in results if (r["model"], r["machine"]) == (model, machine)}
+    for group in groups(results):
+        own = {r["step"]: r for r in group}
+        model, machine = group[0]["model"], group[0]["machine"]
         cells = [f"{own[n]['milliseconds']:.4g} ({own[n]['exposed']:.3g})" for n in names]
-        lines.append(f"| {model} | {machine} | `{own[names[0]]['plan']}` | " + " | ".join(cells)
+        plan = f"`{group[0]['base']}`" + ("" if group[0]["chosen"] else ", not chosen")
+        lines.append(f"| {model} | {machine} | {plan} | " + " | ".join(cells)
                      + f" | {own['overlap']['order']} |")  # fmt: skip
     return "\n".join(lines)
 
 
+def groups(results: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Rows of one model, machine and plan together."""
+    found: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for r in results:
+        found.setdefault((r["model"], r["machine"], r["base"]), []).append(r)
+    return list(found.values())
+
+
 def figure(results: list[dict[str, Any]]) -> str:
     """Bars as SVG: computing and, on top of it, exposed communication, each group over its first bar's length."""
-    groups = list(dict.fromkeys((r["model"], r["machine"]) for r in results))
     bar, gap, left, width = 14, 26, 300, 520
     per = len(STEPS) + 1
-    height = len(groups) * (per * bar + gap) + 50
+    height = len(groups(results)) * (per * bar + gap) + 50
     out = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + width + 120}" height="{height}" '
            'font-family="sans-serif" font-size="11">',
            f'<rect width="{left + width + 120}" height="{height}" fill="white"/>']  # fmt: skip
@@ -113,10 +126,10 @@ def figure(results: list[dict[str, Any]]) -> str:
         out.append(f'<rect x="{x}" y="12" width="10" height="10" fill="{colour}"/>'
                    f'<text x="{x + 15}" y="21">{what}</text>')  # fmt: skip
     y = 44
-    for model, machine in groups:
-        own = [r for r in results if (r["model"], r["machine"]) == (model, machine)]
+    for own in groups(results):
         longest = max(r["milliseconds"] for r in own)
-        out.append(f'<text x="8" y="{y - 4}" font-weight="bold">{model}, {machine}, {own[0]["plan"]}</text>')
+        out.append(f'<text x="8" y="{y - 4}" font-weight="bold">'
+                   f'{own[0]["model"]}, {own[0]["machine"]}, {own[0]["base"]}</text>')  # fmt: skip
         for r in own:
             busy = width * (r["milliseconds"] - r["exposed"]) / longest
             held = width * r["exposed"] / longest

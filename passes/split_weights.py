@@ -54,33 +54,44 @@ class SplitWeights(Pass):
             level = [one for one in level if one.possible]
             for one in level:
                 one.write(graph, place)
-            saves = [one for one in level if one.saved(ctx.costs) > 0 or self.always]
-            if saves:
-                parts = _exchange(graph, saves, mesh, place)
-                whole = parts[0].args[0]
-                task = ctx.costs.task(whole)
-                cost = task.compute + task.travel + task.unpack
-                gain = sum(one.saved(ctx.costs) for one in saves)
-                if self.always or gain > cost:
-                    for one, part in zip(saves, parts, strict=True):
-                        one.made[-1].meta["columns"] = (depth, axes)
-                        one.take(graph, part)
-                else:
-                    _erase(graph, [*parts, whole])
-                    ctx.notes.append(
-                        f"split-weights: {len(saves)} of the products that every rank repeats stay whole: shared out "
-                        f"over {'.'.join(axes)} they would save {1e6 * gain:.0f} us of computing, and their gather "
-                        f"takes {1e6 * cost:.0f} us ({source_line(saves[0].node)})"
-                    )
-                    saves = []
+            taken = self._share(graph, level, place, ctx)
             for one in level:
-                if one not in saves:
+                if one in taken:
+                    one.made[-1].meta["columns"] = (depth, axes)
+                else:
                     one.erase(graph)
         dead_code(graph)  # whole weights that nothing takes any more
         _settle(graph, place)
         graph.lint()
         program.gm.recompile()
         return program
+
+
+    def _share(
+        self, graph: fx.Graph, level: list[_Split], place: dict[fx.Node, float], ctx: PassContext
+    ) -> list[_Split]:
+        """Those of a level that are shared out: each of them saves more than its part of the gather takes."""
+        taken = [one for one in level if one.saved(ctx.costs) > 0 or self.always]
+        while taken:
+            parts = _exchange(graph, taken, level[0].mesh, place)
+            exchange: Any = parts[0].args[0]
+            task = ctx.costs.task(exchange)
+            cost = (task.compute + task.travel + task.unpack) / sum(one.size for one in taken)  # per byte
+            paying = [one for one in taken if one.saved(ctx.costs) > cost * one.size or self.always]
+            if len(paying) == len(taken):
+                for one, part in zip(taken, parts, strict=True):
+                    one.take(graph, part)
+                return taken
+            _erase(graph, [*parts, exchange])
+            left = [one for one in taken if one not in paying]
+            gain, takes = sum(one.saved(ctx.costs) for one in left), cost * sum(one.size for one in left)
+            ctx.notes.append(
+                f"split-weights: {len(left)} of the products that every rank repeats stay whole: shared out over "
+                f"{'.'.join(level[0].axes)} they would save {1e6 * gain:.0f} us of computing, and their gather takes "
+                f"{1e6 * takes:.0f} us ({source_line(left[0].node)})"
+            )
+            taken = paying
+        return []
 
 
 def _fixed(program: Program) -> set[fx.Node]:
@@ -127,6 +138,12 @@ class _Split:
     @property
     def possible(self) -> bool:
         return self.out is not None
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole result."""
+        value = self.node.meta["val"]
+        return int(value.numel()) * int(value.element_size())
 
     def _columns(self, fixed: set[fx.Node]) -> tuple[tuple[Layout, ...], Layout | None, dict[int, Pos]]:
         """Layouts of operands and result with the largest dimension cut that only weights hold; and where they do."""

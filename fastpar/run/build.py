@@ -25,7 +25,7 @@ from fastpar.plan.durations import durations
 from fastpar.plan.expand import IMPLEMENTED, mesh_for, pipeline_text
 from fastpar.plan.planner import Choice, choose
 from fastpar.plan.predict import predict
-from fastpar.plan.topology import detect, load
+from fastpar.plan.topology import Topology, detect, load
 from fastpar.plan.workload import workload
 from fastpar.registry import PASSES
 
@@ -89,7 +89,7 @@ def resolve(plan: Plan | str, ranks: int | None = None) -> Plan:
 
 
 def planned(
-    program: Program, plan: Plan | str, ranks: int | None, topology: str | None, lowering: str = "inductor"
+    program: Program, plan: Plan | str, ranks: int | None, topology: str | Topology | None, lowering: str = "inductor"
 ) -> tuple[Plan, tuple[str, ...], Choice | None, list[str]]:
     """(plan, order of its axes on the devices, what ``auto`` weighed, notes) for a captured program.
 
@@ -99,7 +99,10 @@ def planned(
     if not asked.auto and topology is None:
         return asked, (), None, []
     n = ranks if asked.auto and ranks else asked.degree
-    box, why = (load(topology), "") if topology is not None else detect(n)
+    if topology is None:
+        box, why = detect(n)
+    else:
+        box, why = load(topology) if isinstance(topology, str) else topology, ""
     work = workload(program)
     choice = choose(work, n, box, lowering)
     if asked.auto:
@@ -116,7 +119,7 @@ def build(
     passes: str | None = None,
     callback: Callback | None = None,
     verify_structure: bool = True,
-    topology: str | None = None,
+    topology: str | Topology | None = None,
     lowering: str = "inductor",
     hold: bool = False,
     order: tuple[str, ...] | None = None,
@@ -141,7 +144,7 @@ def build(
         pipeline = _holding(pipeline)
     mesh = mesh_for(plan, program.graph, order)
     notes += [f"lossy: {reason}" for reason in plan.lossy]
-    costs = durations(mesh, choice.topology if choice is not None else None)
+    costs = durations(mesh, choice.topology if choice is not None else topology)
     ctx = PassContext(mesh=mesh, plan=plan, costs=costs, notes=list(notes))
     notes = ctx.notes
     seconds: dict[str, float] = {}

@@ -388,7 +388,8 @@ def _compare(
     with torch.no_grad():
         if double:
             report.notes += [n for n in promoted.notes if n not in report.notes]
-            built = build(promoted, built.plan, ranks, passes, order=built.order)
+            box = built.choice.topology if built.choice is not None else None  # the same schedule is proved
+            built = build(promoted, built.plan, ranks, passes, topology=box, order=built.order)
             eager, args = exact, exact_args
         else:
             eager = tuple(program.gm(*args))
