@@ -9,6 +9,7 @@ import os
 import random
 import sys
 from collections.abc import Callable, Sequence
+from itertools import product
 
 import torch
 
@@ -16,7 +17,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 WIDTHS = (1, 2, 3, 4, 8, 13, 16, 17, 32, 40)
 
 
-def strided(rng: random.Random, shape: Sequence[int], dtype: torch.dtype, device: str, even: bool = False) -> torch.Tensor:
+def strided(rng: random.Random, shape: Sequence[int], dtype: torch.dtype, device: str) -> torch.Tensor:
     """Numbers of widely different magnitude in some layout: permuted, with gaps, from an odd place, or expanded."""
     order = rng.sample(range(len(shape)), len(shape))
     pads = [rng.choice((0, 0, 1, 3)) for _ in shape]
@@ -24,7 +25,8 @@ def strided(rng: random.Random, shape: Sequence[int], dtype: torch.dtype, device
     x = base.permute([order.index(d) for d in range(len(shape))])
     for d, size in enumerate(shape):
         x = x.narrow(d, rng.randint(0, pads[d]), size)
-    x = x.to(device) if device == "cpu" else torch.empty_strided(x.shape, x.stride(), dtype=dtype, device=device).copy_(x)
+    if device != "cpu":
+        x = torch.empty_strided(x.shape, x.stride(), dtype=dtype, device=device).copy_(x)
     if rng.random() < 0.15 and shape[0] > 1:
         x = x[:1].expand(shape)
     return x
@@ -43,7 +45,8 @@ def spoil(rng: random.Random, x: torch.Tensor) -> torch.Tensor:
     if not y.numel():
         return y
     info = torch.finfo(x.dtype)
-    bad = (0.0, -0.0, float("nan"), float("inf"), -float("inf"), info.max, info.tiny, info.smallest_normal / 4, -info.max)
+    inf, least = float("inf"), info.smallest_normal
+    bad = (0.0, -0.0, float("nan"), inf, -inf, info.max, -info.max, least, least / 4)
     for _ in range(6):
         at = tuple(rng.randrange(n) for n in y.shape)
         where = at[:-1] if rng.random() < 0.4 else at
@@ -61,8 +64,6 @@ def cut(rng: random.Random, size: int) -> list[tuple[int, int]]:
 
 def grid(rng: random.Random, shapes: Sequence[Sequence[int]], whole_rows: bool, empty: bool = True) -> list[int]:
     """Boxes that cover the tensors, those of several in any order; ``empty`` ones too."""
-    from itertools import product
-
     from fastpar.core.transfer import Box
     from fastpar.ops.collectives import encode
 
@@ -95,14 +96,14 @@ def same(got: torch.Tensor, want: torch.Tensor) -> None:
     assert torch.equal(got, want), (got != want).nonzero()[:5]
 
 
-def near(got: torch.Tensor, want: torch.Tensor, off: float) -> None:
-    """Within ``off`` of the largest number of the row, and NaN in the same places."""
+def near(got: torch.Tensor, want: torch.Tensor, off: float, least: float = 1e-30) -> None:
+    """Within ``off`` of the largest number of the row, or of ``least``, and NaN and infinities in the same places."""
     assert got.shape == want.shape and got.dtype == want.dtype
     got, want = got.double(), want.double()
-    assert torch.equal(got.isfinite(), want.isfinite())
+    assert torch.equal(got.isfinite(), want.isfinite()) and torch.equal(got.isnan(), want.isnan())
     got, want = got.nan_to_num(0, 0, 0), want.nan_to_num(0, 0, 0)
     if want.numel():
-        worst = ((got - want).abs() / want.abs().amax(-1, keepdim=True).clamp_min(1e-30)).max()
+        worst = ((got - want).abs() / want.abs().amax(-1, keepdim=True).clamp_min(least)).max()
         assert float(worst) <= off, float(worst)
 
 
@@ -176,6 +177,31 @@ def unpack_dequantized(rng: random.Random, device: str) -> None:
         same(y, ref)
 
 
+def codes(rng: random.Random, device: str) -> None:
+    """Every number that e4m3 has, every tie between two, and their neighbours; and back from every byte."""
+    from fastpar.backends.kernels import pack_quantized as there
+    from fastpar.backends.kernels import unpack_dequantized as back
+    from fastpar.backends.kernels.table import make_table
+    from fastpar.ops.quantize import quantize
+
+    if rng.random() < 0.5:
+        scale = torch.tensor([rng.choice((1.0, 2.0**-120, 0.37, float("inf"), float("nan"), 1e38, 0.0))])
+        row = torch.cat([torch.arange(256, dtype=torch.uint8), scale.view(torch.uint8)]).to(device)
+        dtype = rng.choice(("float32", "bfloat16", "float16"))
+        args = ([1, 260], [0, 1, 0, 260], dtype, [True])
+        table = make_table(args[1], [1], device)
+        same(back.launch(row, *args, table)[0], back.reference(row, *args)[0])
+        return
+    exact = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()  # 0 to 448
+    ties = (exact[1:] + exact[:-1]) / 2
+    near_ties = [torch.nextafter(ties, torch.tensor(to)) for to in (0.0, 500.0)]
+    row = torch.cat([exact, ties, *near_ties])
+    x = (torch.stack([row, -row]) * rng.choice((1.0, 2.0**20, 2.0**-100, 0.3))).to(device)
+    boxes = [0, 2, 0, 0, *x.shape[:-1], x.shape[-1] + 4]
+    table = make_table(boxes, [1], device)
+    same(there.launch([x], [True], boxes, table), quantize(x).view(-1))
+
+
 def merge(rng: random.Random, device: str) -> None:
     from fastpar.backends.kernels import merge as k
 
@@ -204,7 +230,7 @@ def merge(rng: random.Random, device: str) -> None:
     new, new_lse = torch.full_like(out, 7), torch.full_like(lse, 7)
     k.launch(out, lse, block, block_lse, (new, new_lse))
     near(new, want, off + (1e-6 if wide == torch.float32 else 0) * size)
-    near(new_lse[..., None], total[..., None], 1e-6 if wide == torch.float32 else 1e-13)
+    near(new_lse[..., None], total[..., None], 1e-6 if wide == torch.float32 else 1e-13, 1.0)
     blind = (lse == -float("inf")) & (block_lse == -float("inf"))
     assert not new[blind].any() and bool((new_lse[blind] == -float("inf")).all())
     k.launch(out, lse, block, block_lse, (out, lse))
@@ -224,8 +250,7 @@ def normed(rng: random.Random, device: str) -> None:
     x = strided(rng, shape, dtype, device)
 
     def maybe(*sizes: int, chance: float = 0.6) -> torch.Tensor | None:
-        return torch.randn(sizes, generator=torch.Generator().manual_seed(rng.randrange(999))).to(device, dtype) \
-            if rng.random() < chance else None
+        return values(rng, sizes, dtype).to(device).clamp(-30, 30) if rng.random() < chance else None
 
     weight, bias = maybe(d), maybe(d, chance=0.3)
     at = (rng.choice((1, b)), rng.choice((1, s)), d)
@@ -265,7 +290,7 @@ def normed(rng: random.Random, device: str) -> None:
 
 
 CASES: dict[str, Callable[[random.Random, str], None]] = {
-    f.__name__: f for f in (copies, pack_quantized, unpack_dequantized, merge, normed)
+    f.__name__: f for f in (copies, codes, pack_quantized, unpack_dequantized, merge, normed)
 }
 
 

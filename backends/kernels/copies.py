@@ -41,7 +41,10 @@ def _lane(
     else:
         words, there = x.to(tl.pointer_type(tl.int8)), flat.to(tl.pointer_type(tl.int8))
     entry = table + box * 10
-    row, i, j, k, keep = rows_of(table, box, first, ROWS)
+    row, i, j, k, keep = rows_of(
+        first, tl.load(entry + 2), tl.load(entry + 3), tl.load(entry + 4),
+        tl.load(entry + 6), tl.load(entry + 7), tl.load(entry + 8), ROWS,
+    )  # fmt: skip
     width = tl.load(entry + 9) * ITEM // UNIT
     here = (i * s0 + j * s1 + k * s2) * ITEM // UNIT
     start = tl.load(entry + 5)

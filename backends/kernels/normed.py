@@ -55,7 +55,10 @@ def _normed(
     first = tl.program_id(0).to(tl.int64) * ROWS
     entry = table + box * 10
     if tl.load(entry) == lane:
-        row, i, j, k, keep = rows_of(table, box, first, ROWS)
+        row, i, j, k, keep = rows_of(
+            first, tl.load(entry + 2), tl.load(entry + 3), tl.load(entry + 4),
+            tl.load(entry + 6), tl.load(entry + 7), tl.load(entry + 8), ROWS,
+        )  # fmt: skip
         col = tl.arange(0, COLUMNS)
         mask = keep[:, None] & (col < WIDTH)[None, :]
         rows = x + i * s0 + j * s1 + k * s2

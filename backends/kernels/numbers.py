@@ -85,13 +85,13 @@ def store_quantized(out, x, row, col, keep, WIDTH: tl.constexpr):
 
 
 @jit
-def rows_of(table, box, first, ROWS: tl.constexpr):
-    """Rows ``first`` and on of a box: their numbers, indices in three dimensions, and which there are."""
-    entry = table + box * 10
-    m, n = tl.maximum(tl.load(entry + 7), 1), tl.maximum(tl.load(entry + 8), 1)
+def rows_of(first, a, b, c, l, m, n, ROWS: tl.constexpr):
+    """Rows ``first`` and on of a box of ``l x m x n`` rows that starts at ``a, b, c``.
+
+    Their numbers, indices in three dimensions, and which there are. Takes numbers and not the table: torch, which
+    looks through calls at what an address depends on, would take the table for written to.
+    """
     row = first + tl.arange(0, ROWS).to(tl.int64)
-    keep = row < tl.load(entry + 6) * tl.load(entry + 7) * tl.load(entry + 8)
-    i = tl.load(entry + 2) + row // (m * n)
-    j = tl.load(entry + 3) + row // n % m
-    k = tl.load(entry + 4) + row % n
-    return row, i, j, k, keep
+    keep = row < l * m * n
+    m, n = tl.maximum(m, 1), tl.maximum(n, 1)
+    return row, a + row // (m * n), b + row // n % m, c + row % n, keep

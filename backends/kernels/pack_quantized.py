@@ -24,12 +24,16 @@ from fastpar.ops.quantize import quantize
 def _lane(
     out, table, x, s0, s1, s2, s3, box, first, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
-    row, i, j, k, keep = rows_of(table, box, first, ROWS)
+    entry = table + box * 10
+    row, i, j, k, keep = rows_of(
+        first, tl.load(entry + 2), tl.load(entry + 3), tl.load(entry + 4),
+        tl.load(entry + 6), tl.load(entry + 7), tl.load(entry + 8), ROWS,
+    )  # fmt: skip
     col = tl.arange(0, COLUMNS)
     mask = keep[:, None] & (col < WIDTH)[None, :]
     there = x + (i * s0 + j * s1 + k * s2)[:, None] + (col * s3)[None, :]
     rows = widen(tl.load(there, mask=mask, other=0.0))
-    store_quantized(out + tl.load(table + box * 10 + 1), rows, row, col, keep, WIDTH)
+    store_quantized(out + tl.load(entry + 1), rows, row, col, keep, WIDTH)
 
 
 @jit

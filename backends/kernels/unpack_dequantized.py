@@ -23,10 +23,14 @@ from fastpar.ops.quantize import SCALE_BYTES, dequantize
 def _lane(
     buffer, table, y, s0, s1, s2, s3, box, first, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
-    row, i, j, k, keep = rows_of(table, box, first, ROWS)
+    entry = table + box * 10
+    row, i, j, k, keep = rows_of(
+        first, tl.load(entry + 2), tl.load(entry + 3), tl.load(entry + 4),
+        tl.load(entry + 6), tl.load(entry + 7), tl.load(entry + 8), ROWS,
+    )  # fmt: skip
     col = tl.arange(0, COLUMNS)
     mask = keep[:, None] & (col < WIDTH)[None, :]
-    here = buffer + tl.load(table + box * 10 + 1) + row * (WIDTH + 4)
+    here = buffer + tl.load(entry + 1) + row * (WIDTH + 4)
     scale = tl.load(here + WIDTH, mask=keep, other=0).to(tl.uint32)
     for byte in tl.static_range(1, 4):
         scale = scale | (tl.load(here + WIDTH + byte, mask=keep, other=0).to(tl.uint32) << (8 * byte))
