@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastpar
 from fastpar.backends import inductor
@@ -52,24 +53,23 @@ SHAPES = [4, 1, 2, 5, 20, 4, 1, 2, 5, 16]
 # -- equal to the reference ------------------------------------------------------------------------
 
 
-def interpret(name: str, count: int) -> None:
+def interpret(count: int, *names: str) -> None:
     env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "tests.triton_cases", name, str(count)]
+    command = [sys.executable, "-m", "tests.triton_cases", str(count), *names]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 @needs_triton
-@pytest.mark.parametrize("name", CASES)
-def test_in_the_interpreter(name: str) -> None:
-    interpret(name, 10)
+def test_in_the_interpreter() -> None:
+    interpret(8, *CASES)
 
 
 @pytest.mark.slow
 @needs_triton
 @pytest.mark.parametrize("name", CASES)
 def test_many_in_the_interpreter(name: str) -> None:
-    interpret(name, 120)
+    interpret(120, name)
 
 
 @pytest.mark.gpu
@@ -95,7 +95,7 @@ class NoGpu:
 
 ONE = {"LANE0": 0, "LANE1": -1, "LANE2": -1, "LANE3": -1}
 TILE = {"ROWS": 16, "COLUMNS": 128}
-SENT, TABLE = {"out": "*u8", "buffer": "*u8", "flat": "*u8", "table": "*i64"}, "*i64"
+SENT = {"out": "*u8", "buffer": "*u8", "flat": "*u8", "table": "*i64"}
 KERNELS: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "pack": (copies._copy, "*bf16", {**ONE, **TILE, "PACK": True, "ITEM": 2, "UNIT": 8}),
     "unpack": (copies._copy, "*bf16", {**ONE, **TILE, "PACK": False, "ITEM": 2, "UNIT": 2}),
@@ -105,9 +105,8 @@ KERNELS: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "normed": (normed._normed, "*bf16", {**TILE, "WIDTH": 128, "NORM": 2, "WEIGHT": True, "BIAS": False, "SCALE": True,
                                          "ROTARY": 1, "ROUNDED": True, "ITEM": 2}),
 }  # fmt: skip
-POINTERS = {"x", "y", "z", "xl", "yl", "zl", "weight", "bias", "scale", "shift", "cos", "sin"} | {
-    f"{letter}{i}" for letter in "xy" for i in range(LANES)
-}
+STRIDES_OF_MERGE = {f"{letter}{i}" for letter in "xy" for i in range(LANES)}  # elsewhere tensors
+POINTERS = {"x", "y", "z", "xl", "yl", "zl", "weight", "bias", "scale", "shift", "cos", "sin"} | STRIDES_OF_MERGE
 
 
 @needs_triton
@@ -122,8 +121,8 @@ def test_it_compiles_to_machine_code(name: str, arch: int, tmp_path: Path, monke
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     kernel, kind, constants = KERNELS[name]
     sizes = {n: "constexpr" if n in constants else SENT.get(n, "i32") for n in kernel.arg_names}
-    sizes |= {n: kind for n in kernel.arg_names if n in POINTERS and not (name == "merge" and len(n) == 2 and n[1] != "l")}
-    sizes |= {"eps": "fp32"} if name == "normed" else {}
+    pointers = POINTERS - (STRIDES_OF_MERGE if name == "merge" else set())
+    sizes |= {n: kind for n in kernel.arg_names if n in pointers} | ({"eps": "fp32"} if name == "normed" else {})
     given = {(kernel.arg_names.index(n),): value for n, value in constants.items()}
     done = triton.compile(ASTSource(kernel, sizes, constexprs=given), target=GPUTarget("cuda", arch, 32))
     assert done.asm["cubin"]
@@ -139,7 +138,6 @@ def test_tracers_see_what_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     writes to its inputs is not captured in a CUDA graph."""
     import triton
     from torch._subclasses.functional_tensor import dispatch_functionalize
-    from torch.fx.experimental.proxy_tensor import make_fx
 
     monkeypatch.setattr(triton.runtime.driver, "_active", NoGpu(), raising=False)
     mode = FakeTensorMode()
@@ -179,8 +177,9 @@ def operators() -> Iterator[tuple[Any, tuple[Any, ...]]]:
     yield unpack_dequantized.unpack_dequantized_operator, (sent, *args)
     yield merge.merge, (o, lse, x, lse.clone())
     yield merge.merge_, (o.clone(), lse.clone(), x, lse.clone())
-    rotary = (torch.randn(1, 5, 16).cos(), torch.randn(1, 5, 16).sin(), "rms", 1e-6, True, True, 0, BOXES, [1, 4], table)
-    yield normed.normed_, (sent.clone(), x, torch.randn(16), None, None, None, *rotary)
+    angle = torch.randn(1, 5, 16)
+    how = ("rms", 1e-6, True, True, 0, BOXES, [1, 4], table)
+    yield normed.normed_, (sent.clone(), x, torch.randn(16), None, None, None, angle.cos(), angle.sin(), *how)
 
 
 @pytest.mark.parametrize("which", range(7))
@@ -307,14 +306,10 @@ def a_program(device: str) -> tuple[Program, list[torch.Tensor], Callable[..., A
 
     torch.manual_seed(0)
     args = [torch.randn(SHAPE, device=device).bfloat16() for _ in range(2)] + [torch.randn(SHAPE[:-1], device=device)]
-    from torch.fx.experimental.proxy_tensor import make_fx
-
     mode = FakeTensorMode()
     gm = make_fx(f, tracing_mode="real")(*args)
-    env = list(args)
-    for node in gm.graph.nodes:
-        if node.op == "placeholder":
-            node.meta["val"] = mode.from_tensor(env.pop(0))
+    for node, arg in zip((n for n in gm.graph.nodes if n.op == "placeholder"), args, strict=True):
+        node.meta["val"] = mode.from_tensor(arg)
     inputs = tuple(Input(f"arg{i}", "user") for i in range(3))
     return Program(gm, inputs, "localised"), args, f
 
@@ -346,20 +341,16 @@ def test_torch_compile_captures_them_in_a_cuda_graph() -> None:
         out, total = merge.merge(a.float(), lse, b.float(), lse * 2)
         return out.tanh(), total
 
-    torch._inductor.config.triton.cudagraph_or_error = True
     compiled = torch.compile(f, mode="reduce-overhead", fullgraph=True)
-    for _ in range(4):
-        x, lse = torch.randn(SHAPE, device=device).bfloat16(), torch.randn(SHAPE[:-1], device=device)
-        for got, want in zip(compiled(x, table, lse), f(x, table, lse), strict=True):
-            assert torch.allclose(got, want, atol=1e-5)
+    with torch._inductor.config.patch({"triton.cudagraph_or_error": True}):
+        for _ in range(4):
+            x, lse = torch.randn(SHAPE, device=device).bfloat16(), torch.randn(SHAPE[:-1], device=device)
+            for got, want in zip(compiled(x, table, lse), f(x, table, lse), strict=True):
+                assert torch.allclose(got, want, atol=1e-5)
 
 
-def test_kernels_are_off_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    program, args, f = a_program("cpu")
-    monkeypatch.setattr(inductor, "with_kernels", lambda *given: pytest.fail("there is no GPU"))
-    got = inductor.compile_inductor(program)(list(args))
-    assert torch.allclose(got[0], f(*args)[0], atol=1e-5)
-
-
-def test_available_is_whether_triton_is_there() -> None:
+def test_kernels_are_off_without_a_gpu() -> None:
+    assert inductor.gpu_of([torch.randn(3), 2.0]) is None
+    with FakeTensorMode():
+        assert inductor.gpu_of([torch.empty(3), torch.empty(3, device="cuda")]) == torch.device("cuda:0")
     assert inductor.available() == (importlib.util.find_spec("triton") is not None) == (launch.triton is not None)

@@ -1,6 +1,6 @@
 """What every Triton kernel must do, case by case: random shapes, strides, dtypes, tails and values, all of them
-held against the torch reference. ``python -m tests.triton_cases NAME CASES`` runs one kernel's in Triton's interpreter,
-which has to be chosen before Triton is imported; on a GPU the same functions run in the test's own process.
+held against the torch reference. ``python -m tests.triton_cases COUNT NAME...`` runs some kernels' cases in Triton's
+interpreter, which has to be chosen before Triton is imported; on a GPU the same functions run in the test's process.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def grid(rng: random.Random, shapes: Sequence[Sequence[int]], whole_rows: bool, 
 def shape_of(rng: random.Random, rank: int, width: int | None = None) -> list[int]:
     sizes = [rng.choice((0, 1, 2, 3)) if rng.random() < 0.1 else rng.randint(1, 3) for _ in range(rank - 1)]
     if sizes:
-        sizes[-1] = rng.choice((1, 2, 7, 33, 130, 300))
+        sizes[-1] = rng.choice((1, 2, 7, 33, 130))
     return [*sizes, rng.choice(WIDTHS) if width is None else width]
 
 
@@ -309,4 +309,5 @@ if __name__ == "__main__":
     import warnings
 
     warnings.filterwarnings("ignore", category=RuntimeWarning)  # numpy's, of infinities and NaN that are meant
-    run(sys.argv[1], int(sys.argv[2]), "cpu")
+    for chosen in sys.argv[2:]:
+        run(chosen, int(sys.argv[1]), "cpu")

@@ -26,6 +26,7 @@ from fastpar.backends.kernels.table import (
 )
 from fastpar.ops.collectives import _pack_fake, _unpack_fake, pack_boxes, unpack_boxes
 
+
 @jit
 def _lane(
     flat, table, x, s0, s1, s2, s3, box, first, PACK: tl.constexpr, ITEM: tl.constexpr, UNIT: tl.constexpr,

@@ -85,13 +85,13 @@ def store_quantized(out, x, row, col, keep, WIDTH: tl.constexpr):
 
 
 @jit
-def rows_of(first, a, b, c, l, m, n, ROWS: tl.constexpr):
-    """Rows ``first`` and on of a box of ``l x m x n`` rows that starts at ``a, b, c``.
+def rows_of(first, a, b, c, size, m, n, ROWS: tl.constexpr):
+    """Rows ``first`` and on of a box of ``size x m x n`` rows that starts at ``a, b, c``.
 
     Their numbers, indices in three dimensions, and which there are. Takes numbers and not the table: torch, which
     looks through calls at what an address depends on, would take the table for written to.
     """
     row = first + tl.arange(0, ROWS).to(tl.int64)
-    keep = row < l * m * n
+    keep = row < size * m * n
     m, n = tl.maximum(m, 1), tl.maximum(n, 1)
     return row, a + row // (m * n), b + row // n % m, c + row % n, keep
