@@ -56,15 +56,14 @@ def _lane(
         here += start * ITEM // UNIT
         step = 1
     packed = tl.load(entry + 1) // UNIT + row * width
-    for left in range(0, width, COLUMNS):
-        col = left + tl.arange(0, COLUMNS)
-        mask = keep[:, None] & (col < width)[None, :]
-        inside = words + here[:, None] + (col * step)[None, :]
-        outside = there + packed[:, None] + col[None, :]
-        if PACK:
-            tl.store(outside, tl.load(inside, mask=mask), mask=mask)
-        else:
-            tl.store(inside, tl.load(outside, mask=mask), mask=mask)
+    col = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
+    mask = keep[:, None] & (col < width)[None, :]
+    inside = words + here[:, None] + (col * step)[None, :]
+    outside = there + packed[:, None] + col[None, :]
+    if PACK:
+        tl.store(outside, tl.load(inside, mask=mask), mask=mask)
+    else:
+        tl.store(inside, tl.load(outside, mask=mask), mask=mask)
 
 
 @jit
@@ -117,10 +116,11 @@ def move(
     for (item, unit), same in kinds.items():
         for group in groups(same):
             mine = [t for t in boxes if t.lane in group]
-            columns = min(power(max(t.sizes[-1] for t in mine) * item // unit), 512)
+            width = max(t.sizes[-1] for t in mine) * item // unit
+            columns = min(power(width), 512)
             rows = max(1, 1024 // columns)
             tensors, strides, names = lanes_of(xs, group)
-            grid = (-(-max(t.rows for t in mine) // rows), len(boxes))
+            grid = (-(-max(t.rows for t in mine) // rows), len(boxes), -(-width // columns))
             wrap_triton(_copy)[grid](flat, table, *tensors, *strides, *names, pack, item, unit, rows, columns)
 
 
