@@ -91,7 +91,7 @@ def _copy(
 def _unit(x: torch.Tensor, boxes: Sequence[Tile]) -> int:
     """Bytes of the words in which rows of ``x`` can be moved; 0 where their last dimension lies apart."""
     item = x.element_size()
-    dense = x.stride(-1) == 1 if x.dim() else True
+    dense = x.dim() == 0 or x.stride(-1) == 1 or x.shape[-1] == 1  # a single number may have any stride
     bytes_ = [n for t in boxes for n in (t.offset, t.starts[-1] * item, t.sizes[-1] * item)]
     if dense:
         bytes_ += [x.storage_offset() * item, *(s * item for s in strides4(x)[:-1])]

@@ -47,7 +47,7 @@ def operator(name: str, mutates: tuple[str, ...] = ()) -> Callable[[Callable[...
 
 
 def on_gpu(*xs: torch.Tensor) -> bool:
-    """Whether kernels can take these tensors: on a GPU, of at most four dimensions, none empty of dimensions."""
+    """Whether kernels can take these tensors: on a GPU, of at most four dimensions."""
     return all(x.device.type == "cuda" and x.dim() <= 4 for x in xs)
 
 
