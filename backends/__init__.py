@@ -1,1 +1,1 @@
-"""What runs a program: ``simulate`` (N virtual ranks in one process), ``eager``, ``inductor``."""
+"""What runs a program: ``simulate`` (N virtual ranks in one process), ``eager``, ``inductor``; ``kernels``."""

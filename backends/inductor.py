@@ -19,6 +19,7 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from fastpar.backends.kernels.choose import available, with_kernels
 from fastpar.backends.pinned import pin
 from fastpar.core.errors import OptionError
 from fastpar.graph.program import Program
@@ -32,7 +33,8 @@ def compile_inductor(program: Program) -> Callable[[list[Any]], Sequence[Any]]:
     Raises OptionError where the CPU path has no C++ compiler to work with.
     """
     values = [n.meta["val"] for n in program.placeholders]
-    if not any(isinstance(v, torch.Tensor) and v.device.type == "cuda" for v in values):
+    gpu = gpu_of(values)
+    if gpu is None:
         _need_compiler()
     mode = next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None) or FakeTensorMode()
     table = dict(select_decomp_table())
@@ -40,18 +42,27 @@ def compile_inductor(program: Program) -> Callable[[list[Any]], Sequence[Any]]:
     table[torch.ops.fastpar.unpack.default] = unpack_boxes
     table[torch.ops.fastpar.checksum.default] = checksum_formula
     program.gm.recompile()
+    # on a GPU, Triton kernels take what they fuse; their tables are inputs that never change
+    gm, tables = with_kernels(program.gm, gpu) if gpu is not None and available() else (program.gm, [])
+    static = [i for i, given in enumerate(program.inputs) if given.kind in ("parameter", "buffer")]
+    static += range(len(values), len(values) + len(tables))
+    values += [mode.from_tensor(t) for t in tables]
     with mode, torch.no_grad():
-        traced = make_fx(program.gm, decomposition_table=table)(*values)
+        traced = make_fx(gm, decomposition_table=table)(*values)
     pin(traced.graph, compute=bool(program.gm.meta.get("pinned")))
     traced.recompile()
-    static = [i for i, given in enumerate(program.inputs) if given.kind in ("parameter", "buffer")]
     with tracing(TracingContext(mode)), torch.no_grad():
         compiled = compile_fx_inner(traced, values, static_input_idxs=static, is_inference=True)
 
     def run(args: list[Any]) -> Sequence[Any]:
-        return tuple(compiled(list(args)))
+        return tuple(compiled([*args, *tables]))
 
     return run
+
+
+def gpu_of(values: Sequence[Any]) -> torch.device | None:
+    """The GPU on which these inputs are, if they are on one."""
+    return next((v.device for v in values if isinstance(v, torch.Tensor) and v.device.type == "cuda"), None)
 
 
 def _need_compiler() -> None:

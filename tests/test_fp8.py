@@ -19,7 +19,7 @@ from fastpar.core.mesh import Mesh
 from fastpar.core.plan import Plan
 from fastpar.graph.check import check_order
 from fastpar.graph.dump import code
-from fastpar.ops.collectives import COLLECTIVES
+from fastpar.ops.collectives import COLLECTIVES, pack
 from fastpar.ops.quantize import dequantize, error_bound, from_bytes, quantize, row_bytes, to_bytes
 from fastpar.ops.redistribute import across, take
 from fastpar.plan.expand import pipeline_text
@@ -127,6 +127,14 @@ def test_any_shape(shape: tuple[int, ...]) -> None:
     x = torch.randn(shape)
     assert quantize(x).shape == (*shape[:-1], shape[-1] + 4) and there_and_back(x).shape == shape
     assert torch.equal(from_bytes(to_bytes(x), x.dtype), x)
+
+
+def test_a_single_number_is_bytes_whatever_its_stride() -> None:
+    """In a message of several dtypes; torch views as bytes only what has stride 1, also where there is no next."""
+    number, other = torch.arange(14.0)[3::7][:1], torch.tensor([1, 2], dtype=torch.uint8)
+    assert number.stride() == (7,)
+    sent = pack([number, other], [0, 1, 0, 1, 1, 1, 0, 2])
+    assert sent[:4].clone().view(torch.float32).tolist() == [3.0] and sent[4:].tolist() == [1, 2]
 
 
 def test_operators_are_what_torch_expects_of_one() -> None:
@@ -240,7 +248,9 @@ def test_after_every_pass() -> None:
 
 
 def lowered(plan: str, captured: fastpar.Captured | None = None) -> str:
-    return code(build((captured or attention()).programs[0].program, plan).lowered)
+    """The program as written: ``overlap`` would put what takes no time where it is first needed."""
+    passes = pipeline_text(Plan.parse(plan), schedule=False)
+    return code(build((captured or attention()).programs[0].program, plan, passes=passes).lowered)
 
 
 def test_golden_ulysses() -> None:

@@ -78,6 +78,14 @@ def block(x: torch.Tensor, starts: Sequence[int], sizes: Sequence[int]) -> torch
     return x
 
 
+def flat_bytes(x: torch.Tensor) -> torch.Tensor:
+    """The bytes of ``x``, 1-D."""
+    flat = x.contiguous().reshape(-1)
+    if flat.stride(0) != 1:  # of a single number, which may have any; other dtypes view only what has 1
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    return flat.view(torch.uint8)
+
+
 def pack_boxes(xs: Sequence[torch.Tensor], flat: Sequence[int]) -> torch.Tensor:
     """The boxes one after the other in a 1-D buffer; one copy where their shapes allow; bytes, if dtypes differ."""
     pieces = [block(xs[i], starts, sizes) for i, starts, sizes in decode(flat)]
@@ -85,7 +93,7 @@ def pack_boxes(xs: Sequence[torch.Tensor], flat: Sequence[int]) -> torch.Tensor:
     if not pieces:
         return xs[0].new_empty(0, dtype=torch.uint8 if mixed else None)
     if mixed:
-        return torch.cat([p.contiguous().reshape(-1).view(torch.uint8) for p in pieces])
+        return torch.cat([flat_bytes(p) for p in pieces])
     if pieces[0].dim() > 0 and all(p.shape[1:] == pieces[0].shape[1:] for p in pieces):
         return torch.cat(pieces).reshape(-1)
     return torch.cat([p.reshape(-1) for p in pieces])

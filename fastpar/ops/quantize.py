@@ -48,7 +48,9 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 def _scales(x: torch.Tensor) -> torch.Tensor:
     """Scale per row of ``x`` (in float32 or float64), ``[..., 1]`` float32; 0 for rows of zeros."""
     largest = x.abs().masked_fill(~torch.isfinite(x), 0.0).amax(-1, keepdim=True)
-    scale = (largest / LARGEST).to(torch.float32).clamp_min(_TINY)  # without subnormals, which devices may flush
+    # by a tensor, since CUDA multiplies with the inverse of a Python number, which may be a bit off
+    scale = (largest / largest.new_full((), LARGEST)).to(torch.float32)
+    scale = scale.clamp_min(_TINY)  # without subnormals, which devices may flush
     return scale.masked_fill(largest == 0, 0.0)
 
 

@@ -1,0 +1,124 @@
+"""Where a rank's program uses kernels: ``with_kernels`` puts them in place of the operators that they fuse.
+
+| in the program | becomes |
+|---|---|
+| ``pack`` of what ``quantize`` gives | ``pack_quantized`` |
+| ``unpack`` to what only ``dequantize`` takes | ``unpack_dequantized`` |
+| ``merge`` | ``merge`` |
+
+What else is packed and unpacked stays as it is: Inductor makes slices and concatenations of it, which it fuses with
+their neighbours. Rows that several operators take, such as a ring's, which are used and sent on, stay too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from operator import getitem
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils._python_dispatch import _disable_current_modes
+
+from fastpar.backends.kernels import launch
+from fastpar.backends.kernels.merge import merge as merge_kernel
+from fastpar.backends.kernels.pack_quantized import pack_quantized_operator, quantizable
+from fastpar.backends.kernels.pack_quantized import sizes_of as sent_sizes
+from fastpar.backends.kernels.table import RANK, make_table, ranks, text
+from fastpar.backends.kernels.unpack_dequantized import sizes_of, unpack_dequantized_operator
+from fastpar.graph.program import copy_module
+from fastpar.ops.collectives import pack, unpack
+from fastpar.ops.quantize import dequantize, quantize
+from fastpar.ops.ring import merge
+
+
+def available() -> bool:
+    """Whether there is a Triton to run kernels with."""
+    return launch.triton is not None
+
+
+def with_kernels(gm: fx.GraphModule, device: torch.device) -> tuple[fx.GraphModule, list[torch.Tensor]]:
+    """A copy of a localised program with kernels in it, and the tables that it takes behind its other inputs."""
+    gm = copy_module(gm)
+    graph, tables = gm.graph, list[torch.Tensor]()
+    inputs = [n for n in graph.nodes if n.op == "placeholder"]
+
+    def table(boxes: list[int], itemsizes: list[int]) -> fx.Node:
+        last = inputs[-1] if inputs else None
+        place = graph.inserting_after(last) if last else graph.inserting_before(next(iter(graph.nodes)))
+        with place:
+            inputs.append(graph.placeholder(f"table_{len(tables)}"))
+        with _disable_current_modes():  # a tensor that is there, also while others are fake
+            tables.append(make_table(boxes, itemsizes, device))
+        return inputs[-1]
+
+    for node in list(graph.nodes):
+        if rewrite := _REWRITES.get(node.target):
+            rewrite(graph, node, table)
+    for node in reversed(list(graph.nodes)):  # what kernels took the place of; never a collective
+        if not node.users and node.target in (quantize, dequantize, pack, unpack, merge, getitem):
+            graph.erase_node(node)
+    gm.recompile()
+    return gm, tables
+
+
+_Table = Callable[[list[int], list[int]], fx.Node]
+
+
+def _pack(graph: fx.Graph, node: fx.Node, table: _Table) -> None:
+    xs: Any = node.args[0]
+    rounded = [x.target is quantize and len(x.users) == 1 and _takes(x.args[0]) for x in xs]
+    sources = [x.args[0] if is_rounded else x for x, is_rounded in zip(xs, rounded, strict=True)]
+    values = [x.meta["val"] for x in sources]
+    if not any(rounded) or not all(isinstance(v, torch.Tensor) and v.dim() <= RANK for v in values):
+        return
+    boxes: Any = node.args[1]
+    made = table(boxes, sent_sizes(values, rounded))
+    with graph.inserting_before(node):
+        new = graph.call_function(_overload(pack_quantized_operator), (sources, rounded, boxes, made))
+    _replace(node, new)
+
+
+def _unpack(graph: fx.Graph, node: fx.Node, table: _Table) -> None:
+    buffer, shapes, boxes, *given = node.args
+    count = ranks(shapes)  # type: ignore[arg-type]
+    sent: Any = given[0] if given else ()
+    rounded, dtypes = [False] * len(count), list(sent or [torch.uint8] * len(count))
+    parts: dict[Any, fx.Node] = {user.args[1]: user for user in node.users}
+    for lane, part in parts.items():
+        users = list(part.users)
+        if [user.target for user in users] == [dequantize] and _takes(users[0]):
+            rounded[lane], dtypes[lane] = True, users[0].args[1]
+    if not any(rounded) or max(count) > RANK:
+        return
+    made = table(boxes, sizes_of(dtypes, rounded))  # type: ignore[arg-type]
+    with graph.inserting_before(node):
+        args = (buffer, shapes, boxes, text(dtypes), rounded, made)
+        new = graph.call_function(_overload(unpack_dequantized_operator), args)
+        new.meta = dict(node.meta)
+        for lane, part in parts.items():
+            old = next(iter(part.users)) if rounded[lane] else part
+            _replace(old, graph.call_function(getitem, (new, lane)))
+
+
+def _merge(graph: fx.Graph, node: fx.Node, table: _Table) -> None:
+    with graph.inserting_before(node):
+        _replace(node, graph.call_function(_overload(merge_kernel), node.args))
+
+
+_REWRITES: dict[Any, Callable[[fx.Graph, fx.Node, _Table], None]] = {pack: _pack, unpack: _unpack, merge: _merge}
+
+
+def _takes(node: fx.Node) -> bool:
+    """Whether kernels compute on rows like these. Of ``meta`` only what is the same on every rank counts."""
+    value = node.meta["val"]
+    return isinstance(value, torch.Tensor) and quantizable(value) and value.dim() <= RANK
+
+
+def _overload(operator: Any) -> Any:
+    return operator._opoverload
+
+
+def _replace(old: fx.Node, new: fx.Node) -> None:
+    new.meta = dict(old.meta)
+    old.replace_all_uses_with(new)
