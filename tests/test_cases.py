@@ -96,6 +96,10 @@ PLANS = {
         ),
         "gather=3",
     ),
+    "pooling with fewer channels than ranks": (
+        Recipe(tokens=1, width=4, steps=(("normalise", {"kind": "layer"}), ("spatial", {"pick": 0, "how": "pool"}))),
+        "tp=5",
+    ),
     "group norm over uneven rows": (
         Recipe(tokens=7, heads=2, steps=(("self_attention", {}), ("normalise", {"kind": "group"}))),
         "gather=3",
@@ -176,6 +180,10 @@ def test_pipeline(name: str) -> None:
 
 
 OPERATORS = {
+    "pools where a rank has no channels": (
+        lambda x: (torch.nn.functional.avg_pool2d(x, 2), torch.nn.functional.max_pool2d(x, 2)),
+        ["[2, 3@sp(0,3), 4, 4]"],
+    ),
     "a sum over rows that some ranks hold and rows that all hold": (
         lambda x: (x.sum(1), x.mean((0, 1))),
         ["[2, 3+4@sp(1,3), 5]"],

@@ -194,7 +194,7 @@ def test_a_timeline_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> Non
 
 def test_opt_prints_the_last_program_unless_asked_otherwise() -> None:
     said = run("opt", "models:tiny", *ULYSSES)
-    assert said.startswith("# -----// IR after overlap (overlap) //-----\n") and said.count("IR after") == 1
+    assert said.startswith("# -----// IR after pin (pin) //-----\n") and said.count("IR after") == 1
     assert "fastpar.all_to_all.default" in said and "3@ulysses(1*3)" in said and "x = self.out(x)" in said
     assert "input('qkv.weight')  # parameter: float64 [18, 6]" in said
 

@@ -21,7 +21,7 @@ from fastpar.core.layout import Atom, Dim, Layout, Partial, Seg
 from fastpar.core.mesh import Mesh
 from fastpar.core.regroup import disjoint, split_atom
 from fastpar.rules.factor import FactorRule, Factors
-from fastpar.rules.table import Call, Decision, Gather, Localised, Pos, Rule, register
+from fastpar.rules.table import Call, Decision, Gather, Localised, Pos, Rule, register, whole_decision
 
 _WINDOW = "a window reaches over the rows of other ranks"
 _CHANNELS = "channels are contracted"
@@ -279,17 +279,32 @@ class GroupNormRule(FactorRule):
         return call.node.target, tuple(args), call.kwargs
 
 
-def windowed(spatial: int) -> FactorRule:
+class WindowRule(FactorRule):
     """Keeps all leading dimensions; the last ``spatial`` ones are whole and may change size."""
 
-    def factors(call: Call) -> Factors:
-        lead = tuple(f"d{i}" for i in range(len(call.shape) - spatial))
-        inside = tuple(f"s{i}" for i in range(spatial))
-        outside = tuple(f"o{i}" for i in range(spatial))
-        whole = dict.fromkeys((*inside, *outside), _WINDOW)
-        return Factors(((*lead, *inside),), ((*lead, *outside),) * len(call.results), whole=whole)
+    def __init__(self, spatial: int) -> None:
+        def factors(call: Call) -> Factors:
+            lead = tuple(f"d{i}" for i in range(len(call.shape) - spatial))
+            inside = tuple(f"s{i}" for i in range(spatial))
+            outside = tuple(f"o{i}" for i in range(spatial))
+            whole = dict.fromkeys((*inside, *outside), _WINDOW)
+            return Factors(((*lead, *inside),), ((*lead, *outside),) * len(call.results), whole=whole)
 
-    return FactorRule(factors)
+        super().__init__(factors)
+
+    def decide(self, call: Call, layouts: tuple[Layout, ...], mesh: Mesh) -> Decision:
+        found = super().decide(call, layouts, mesh)
+        if len(call.results) > 1 and any(0 in found.outputs[0].local_shape(mesh, r) for r in range(mesh.ranks)):
+            return whole_decision(call, layouts, "a rank without channels has nothing to pool, and no indices")
+        return found
+
+    def localise(
+        self, call: Call, ins: tuple[Layout, ...], outs: tuple[Layout, ...], mesh: Mesh, rank: int
+    ) -> Localised:
+        shape = outs[0].local_shape(mesh, rank)
+        if 0 in shape:  # kernels take no channels at all for a mistake
+            return torch.ops.aten.new_zeros.default, (call.args[0], list(shape)), {}
+        return super().localise(call, ins, outs, mesh, rank)
 
 
 def pad_arguments(pads: list[int]) -> list[Any]:
@@ -306,5 +321,5 @@ for _n in (1, 2, 3):
         [f"aten::avg_pool{_n}d", f"aten::replication_pad{_n}d", f"aten::reflection_pad{_n}d",
          f"aten::_adaptive_avg_pool{_n}d", f"aten::max_pool{_n}d_with_indices",
          f"aten::adaptive_avg_pool{_n}d"],  # fmt: skip
-        windowed(_n),
+        WindowRule(_n),
     )
