@@ -26,6 +26,7 @@ from fastpar.registry import LOWERINGS
 from fastpar.run.agree import agree, compiling, meet
 from fastpar.run.artefact import Runner
 from fastpar.run.build import Built, build
+from fastpar.run.capturing import capturing
 from fastpar.run.groups import check_device, group_of, need_group, process_groups, world
 from fastpar.run.hoisted import artefact_of
 from fastpar.run.stream import Dealt, ends_frame, frame_counter
@@ -70,8 +71,6 @@ def finish(program: Program, options: Options, group: Any, last: bool = False, h
     device = _device(program)
     check_device(group, device)
     lowering = options.lowering or ("inductor" if device.type == "cuda" else "eager")
-    if options.cudagraphs:
-        raise OptionError("option 'cudagraphs' is not implemented yet; leave it out")
     if options.verify and hold:
         raise OptionError("option 'verify' needs the whole weights on every rank; leave it out with shard_weights")
     number = _compiled["count"]
@@ -81,16 +80,17 @@ def finish(program: Program, options: Options, group: Any, last: bool = False, h
     built = build(
         program, options.plan, ranks, options.passes, dump, topology=options.topology, lowering=lowering, hold=hold
     )
-    agree(_fields(built, lowering), group, options.timeout)
+    agree(_fields(built, lowering, options.cudagraphs), group, options.timeout)
     dealt = (built.dealt,) if built.dealt else ()
     also = [*([dealt] if dealt else []), *axes_held(built.lowered)]
     groups = process_groups(built.lowered.graph, built.mesh, group, also)
     local = built.localise(rank, groups)
     if dump is not None:
         dump(None, local, None, 0.0)
-    runner: Runner = artefact_of(
-        local, LOWERINGS[lowering](), lambda varying: built.hoisted_anew(varying).localise(rank, groups)
-    )
+    compile = LOWERINGS[lowering]()
+    if options.cudagraphs:
+        compile = capturing(compile, device, options.timeout)
+    runner: Runner = artefact_of(local, compile, lambda varying: built.hoisted_anew(varying).localise(rank, groups))
     if hold:
         runner = Held(runner, built.lowered, built.mesh, rank, groups)
     if dealt:
@@ -112,7 +112,7 @@ def _device(program: Program) -> torch.device:
     return torch.device("cpu")
 
 
-def _fields(built: Built, lowering: str) -> dict[str, str]:
+def _fields(built: Built, lowering: str, cudagraphs: bool) -> dict[str, str]:
     """What ranks must have in common, most telling first: a mismatch is reported by the first that differs."""
     inputs = ", ".join(
         f"{i.name}: {str(v.dtype).removeprefix('torch.')}{list(v.shape)}"
@@ -124,7 +124,7 @@ def _fields(built: Built, lowering: str) -> dict[str, str]:
         "plan": str(built.plan),
         "pipeline": str(built.pipeline),
         "mesh": str(built.mesh),
-        "lowering": lowering,
+        "lowering": f"{lowering}, captured" if cudagraphs else lowering,
         "inputs": inputs,
         "graph": built.captured.hash(),
         "program": built.lowered.hash(),

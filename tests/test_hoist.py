@@ -82,10 +82,11 @@ def sample(rows: int = 9) -> tuple[Tensor, Tensor]:
 class Watched:
     """A model compiled for one rank; every call is compared with the model itself, programs are counted."""
 
-    def __init__(self, model: nn.Module, made: list[Artefact], lowering: str = "eager") -> None:
+    def __init__(self, model: nn.Module, made: list[Artefact], lowering: str = "eager", **options: Any) -> None:
         self.model, self.made, self.mine = model, made, len(made)
         torch._dynamo.reset()
-        self.compiled = torch.compile(model, backend="fastpar", options={"plan": "ulysses=1", "lowering": lowering})
+        options = {"plan": "ulysses=1", "lowering": lowering, **options}
+        self.compiled = torch.compile(model, backend="fastpar", options=options)
         self.ran: Counter[str] = Counter()
 
     def __call__(self, *args: Any) -> Tensor:

@@ -66,7 +66,8 @@ def split(program: Program) -> Parts | None:
 
 
 def _part(program: Program, graph: fx.Graph, inputs: tuple[Input, ...], name: str) -> Program:
-    return replace(program, gm=module_of(program.gm, graph, name), inputs=inputs, notes=list(program.notes))
+    gm = module_of(program.gm, graph, name)
+    return replace(program, gm=gm, inputs=inputs, name=name.lower(), notes=list(program.notes))
 
 
 def local_values(parts: Parts) -> None:

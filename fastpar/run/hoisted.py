@@ -45,7 +45,7 @@ def artefact_of(local: Program, compile: Compile, again: Again) -> Artefact:
     """
     parts = split(local)
     if parts is None:
-        return Artefact({"step": compile(local)})
+        return Artefact({"step": compile(replace(local, name="step"))})
     artefact = Artefact({}, (), _Hoisted(compile, again))
     artefact.select.prepare(artefact, parts)  # type: ignore[attr-defined]
     return artefact
@@ -115,7 +115,7 @@ class _Hoisted:
             following.prepare(artefact, parts)
             artefact.select = following
         else:
-            artefact.programs, artefact.state = {"step": self.compile(local)}, ()
+            artefact.programs, artefact.state = {"step": self.compile(replace(local, name="step"))}, ()
             artefact.select = Artefact({}).select
 
     def _also(self, before: set[str]) -> Again:
@@ -154,4 +154,4 @@ def _check(prologue: Program) -> Program:
         sums.append(graph.call_function(checksum, (given,)))
     out = graph.call_function(torch.ops.aten.stack.default, (sums,))
     graph.output((out,))
-    return replace(prologue, gm=fx.GraphModule(torch.nn.Module(), graph, "Check"), notes=[])
+    return replace(prologue, gm=fx.GraphModule(torch.nn.Module(), graph, "Check"), name="check", notes=[])
