@@ -19,6 +19,7 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from fastpar.backends.cache import kept
 from fastpar.backends.kernels.choose import available, with_kernels
 from fastpar.backends.pinned import pin
 from fastpar.core.errors import OptionError
@@ -51,7 +52,7 @@ def compile_inductor(program: Program) -> Callable[[list[Any]], Sequence[Any]]:
         traced = make_fx(gm, decomposition_table=table)(*values)
     pin(traced.graph, compute=bool(program.gm.meta.get("pinned")))
     traced.recompile()
-    with tracing(TracingContext(mode)), torch.no_grad():
+    with tracing(TracingContext(mode)), torch.no_grad(), kept(program, traced):
         compiled = compile_fx_inner(traced, values, static_input_idxs=static, is_inference=True)
 
     def run(args: list[Any]) -> Sequence[Any]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ import torch
 
 from fastpar.core.errors import FastparError, OptionError
 from fastpar.core.options import Options
-from fastpar.core.version import VERSION
 from fastpar.graph.capture import compile_fx
 from fastpar.graph.dump import dumper
 from fastpar.graph.program import Program
@@ -29,6 +29,7 @@ from fastpar.run.build import Built, build
 from fastpar.run.capturing import capturing
 from fastpar.run.groups import check_device, group_of, need_group, process_groups, world
 from fastpar.run.hoisted import artefact_of
+from fastpar.run.origin import fields, origin
 from fastpar.run.stream import Dealt, ends_frame, frame_counter
 from fastpar.run.weights import Held, axes_held, is_shell, whole_examples
 
@@ -80,17 +81,23 @@ def finish(program: Program, options: Options, group: Any, last: bool = False, h
     built = build(
         program, options.plan, ranks, options.passes, dump, topology=options.topology, lowering=lowering, hold=hold
     )
-    agree(_fields(built, lowering, options.cudagraphs), group, options.timeout)
+    given = fields(built, f"{lowering}, captured" if options.cudagraphs else lowering)
+    agree(given, group, options.timeout)
+    made = origin(given, built)
     dealt = (built.dealt,) if built.dealt else ()
     also = [*([dealt] if dealt else []), *axes_held(built.lowered)]
     groups = process_groups(built.lowered.graph, built.mesh, group, also)
-    local = built.localise(rank, groups)
+
+    def localised(built: Built) -> Program:
+        return replace(built.localise(rank, groups), origin=made)
+
+    local = localised(built)
     if dump is not None:
         dump(None, local, None, 0.0)
     compile = LOWERINGS[lowering]()
     if options.cudagraphs:
         compile = capturing(compile, device, options.timeout)
-    runner: Runner = artefact_of(local, compile, lambda varying: built.hoisted_anew(varying).localise(rank, groups))
+    runner: Runner = artefact_of(local, compile, lambda varying: localised(built.hoisted_anew(varying)))
     if hold:
         runner = Held(runner, built.lowered, built.mesh, rank, groups)
     if dealt:
@@ -110,25 +117,6 @@ def _device(program: Program) -> torch.device:
         if isinstance(value, torch.Tensor) and (value.dim() > 0 or value.device.type != "cpu"):
             return value.device
     return torch.device("cpu")
-
-
-def _fields(built: Built, lowering: str, cudagraphs: bool) -> dict[str, str]:
-    """What ranks must have in common, most telling first: a mismatch is reported by the first that differs."""
-    inputs = ", ".join(
-        f"{i.name}: {str(v.dtype).removeprefix('torch.')}{list(v.shape)}"
-        for i, n in zip(built.captured.inputs, built.captured.placeholders, strict=True)
-        if isinstance(v := n.meta.get("val"), torch.Tensor)
-    )
-    return {
-        "versions": f"fastpar {VERSION}, torch {torch.__version__}",
-        "plan": str(built.plan),
-        "pipeline": str(built.pipeline),
-        "mesh": str(built.mesh),
-        "lowering": f"{lowering}, captured" if cudagraphs else lowering,
-        "inputs": inputs,
-        "graph": built.captured.hash(),
-        "program": built.lowered.hash(),
-    }
 
 
 def _announce(built: Built, lowering: str, seconds: float) -> None:

@@ -43,6 +43,7 @@ class Program:
     ``inputs`` has one entry per placeholder, in order. ``plan`` and ``mesh`` are
     set once they are known. ``notes`` collects what a report should say about
     this program: things that were specialised, gathered, skipped, and why.
+    ``origin`` says what it was made from and by; compiled code is kept on disk under it.
     """
 
     gm: fx.GraphModule
@@ -52,6 +53,7 @@ class Program:
     mesh: Any = None
     plan: Any = None
     notes: list[str] = field(default_factory=list)
+    origin: str = ""
 
     @property
     def graph(self) -> fx.Graph:
