@@ -22,6 +22,7 @@ from fastpar.core.layout import Layout
 from fastpar.core.mesh import Mesh
 from fastpar.graph.pipeline import Pass, PassContext
 from fastpar.graph.program import Program, module_of
+from fastpar.passes.attention_gather import split_keys
 from fastpar.sharding.candidates import Candidate, Seed, find, find_batch, is_attention
 from fastpar.sharding.insert import Inserter, Sharded, heavy_ahead
 from fastpar.sharding.weights import Group, find_weights, layouts_of, layouts_of_slices
@@ -68,7 +69,10 @@ class Shard(Pass):
         """Seeds of the batch. Without one the axis splits nothing inside a call: whole calls are dealt along it."""
         candidate = find_batch(program.graph)
         if candidate is not None:
-            return [(seed, ("cfg",)) for seed in candidate.seeds]
+            seeds = [(seed, ("cfg",)) for seed in candidate.seeds]
+            # first dimensions that an attention mixes are tokens of a model that has no batch
+            if not split_keys(Inserter(program.graph, ctx.mesh, seeds).run().graph):
+                return seeds
         if heavy_ahead(program.graph) and all(map(_dealable, program.outputs)):
             program.gm.meta["dealt"] = "cfg"
             n = ctx.mesh.size(("cfg",))

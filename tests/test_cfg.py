@@ -64,6 +64,22 @@ def test_odd_batches_are_cut_unevenly() -> None:
     assert fastpar.verify(Block().double().eval(), inputs(3), plan="cfg=2,ulysses=2").ok
 
 
+class Packed(Block):
+    """Takes and gives tokens of one sequence, without a dimension for the batch."""
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
+        return super().forward(x[None], t, prompt[None])[0]
+
+
+@pytest.mark.parametrize("plan", ["cfg=2", "cfg=2,ulysses=2", "cfg=2,ring=3"])
+def test_tokens_in_the_first_dimension_are_no_batch(plan: str) -> None:
+    torch.manual_seed(0)
+    x, t, prompt = inputs(1)
+    report = fastpar.verify(Packed().double().eval(), (x[0], t, prompt[0]), plan=plan)
+    assert report.ok, report.diverged_at
+    assert any("whole calls are dealt" in note for note in report.notes)
+
+
 @pytest.mark.parametrize(("plan", "share"), [("cfg=2", 0.5), ("cfg=2,ulysses=2", 0.29), ("cfg=2,ring=2", 0.29)])
 def test_guidance_in_separate_calls_deals_them(plan: str, share: float) -> None:
     torch.manual_seed(0)
