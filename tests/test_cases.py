@@ -1,4 +1,4 @@
-"""Programs by name: what once was wrong, and what the mutants (``tests/mutants.py``) are held against.
+"""Programs by name: what once was wrong, and what the mutants (``tests/mutants``) are held against.
 
 Each goes the whole way like the random ones (``tests/test_properties.py``), but is always the same.
 """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import networkx as nx
 import numpy as np
@@ -14,12 +15,13 @@ import torch
 import fastpar
 from fastpar.core.errors import OptionError
 from fastpar.core.plan import Plan
-from fastpar.plan import cost
+from fastpar.plan import cost, planner
 from fastpar.plan.expand import pipeline_text
-from fastpar.plan.planner import choose
+from fastpar.plan.planner import FINALISTS, choose
 from fastpar.plan.predict import predict
 from fastpar.plan.topology import CACHED, Device, Level, Topology, load, parse, presets
 from fastpar.plan.workload import Attention, Workload, workload
+from fastpar.run import build as build_module
 from fastpar.run.build import build
 from tests.test_cfg import Block, inputs
 from tests.test_torus import attention
@@ -269,6 +271,36 @@ def test_auto_is_reported_with_what_it_weighed(captured: fastpar.Captured) -> No
     assert fastpar.verify(captured, plan="auto", ranks=4).ok
     with pytest.raises(OptionError, match="has 8 devices, the plan needs 16"):
         fastpar.explain(captured, plan="auto", ranks=16, topology="l40-8")
+
+
+def test_what_a_prediction_does_not_tell_apart_its_schedule_does(
+    captured: fastpar.Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program, box = captured.programs[0].program, load("h100-8")
+    monkeypatch.setattr(planner, "TIE", 10.0)
+    choice = choose(workload(program), 4, box)
+    texts = [str(p.plan) for p in choice.near]
+    assert texts[0] == str(choice.plan) and 1 < len(texts) <= FINALISTS
+    assert choice.decided({t: 1.0 - 0.001 * i for i, t in enumerate(texts)}) is choice  # not clearly faster
+    turned = choice.decided({t: 2.0 - i for i, t in enumerate(texts[:2])})
+    assert str(turned.plan) == texts[1] == turned.verdicts[0].plan == str(turned.near[0].plan)
+    reason = f"tie within 1000% as predicted; scheduled, 2,000 ms of {texts[0]} against 1,000 ms"
+    assert turned.verdicts[0].reason == reason
+    assert sorted(v.plan for v in turned.verdicts) == sorted(v.plan for v in choice.verdicts)
+
+    # and what is built is what was decided, in the order that was placed for it
+    scheduled = build_module._scheduled
+    seen: list[dict[str, float]] = []
+
+    def other(*args: Any) -> dict[str, float]:
+        seen.append(scheduled(*args))
+        return {t: 2.0 - (t == texts[1]) for t in seen[-1]}
+
+    monkeypatch.setattr(build_module, "_scheduled", other)
+    built = build(program, "auto", 4, topology=box)
+    assert list(seen[0]) == texts and all(0 < s < 1 for s in seen[0].values())
+    assert str(built.plan) == texts[1] and built.order == turned.near[0].order
+    assert any(f"plan auto: {texts[1]} for h100-8" in note for note in built.notes)
 
 
 def test_axes_are_placed_by_their_links(captured: fastpar.Captured) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from fastpar.core.plan import Plan
 from fastpar.plan.predict import USABLE, Prediction, predict
@@ -11,6 +12,8 @@ from fastpar.plan.topology import Topology
 from fastpar.plan.workload import Workload
 
 TIE = 0.05  # predictions nearer than this are not told apart
+FINALISTS = 4  # so many of them are built and scheduled to tell them apart
+CLEARLY = 0.01  # what a scheduled program must save to overturn the prediction
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,23 @@ class Choice:
     plan: Plan
     topology: Topology
     verdicts: tuple[Verdict, ...]
+    near: tuple[Prediction, ...] = ()  # what the prediction does not tell from the fastest, the chosen one first
+
+    def decided(self, seconds: Mapping[str, float]) -> Choice:
+        """The choice among plans that are near each other, once their programs were scheduled and played.
+
+        ``seconds`` has the plans' texts. The chosen one stays unless another is faster by more than ``CLEARLY``.
+        """
+        was = str(self.plan)
+        best = min(seconds, key=lambda text: seconds[text])
+        if best == was or seconds[best] >= (1 - CLEARLY) * seconds[was]:
+            return self
+        mine = {v.plan: v for v in self.verdicts}
+        lost = f"tie within {TIE:.0%} as predicted; scheduled, {_ms(seconds[was])}"
+        first = Verdict(best, mine[best].prediction, f"{lost} of {was} against {_ms(seconds[best])}")
+        rest = [Verdict(v.plan, v.prediction, lost) if v.plan == was else v for v in self.verdicts if v.plan != best]
+        near = sorted(self.near, key=lambda p: str(p.plan) != best)
+        return replace(self, plan=near[0].plan, verdicts=(first, *rest), near=tuple(near))
 
     @property
     def note(self) -> str:
@@ -70,7 +90,8 @@ def choose(work: Workload, ranks: int, topology: Topology, lowering: str = "indu
     if ranks > 1:
         verdicts.append(Verdict("one device", alone, _lost(alone, won, limit)))
     verdicts += [Verdict(str(p.plan), p, _lost(p, won, limit)) for p in rows]
-    return Choice(won.plan, topology, (*verdicts, *invalid))
+    near = sorted(near, key=lambda p: (p is not won, p.seconds))[:FINALISTS]
+    return Choice(won.plan, topology, (*verdicts, *invalid), tuple(near))
 
 
 def _plans(work: Workload, ranks: int, topology: Topology) -> list[tuple[Plan, str]]:

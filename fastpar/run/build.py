@@ -106,10 +106,22 @@ def planned(
     work = workload(program)
     choice = choose(work, n, box, lowering)
     if asked.auto:
-        won = choice.verdicts[0].prediction
-        assert won is not None
-        return choice.plan, won.order, choice, [choice.note, *filter(None, [why])]
+        if len(choice.near) > 1:
+            choice = choice.decided(_scheduled(program, choice, lowering))
+        return choice.plan, choice.near[0].order, choice, [choice.note, *filter(None, [why])]
     return asked, predict(work, asked, box, lowering).order, choice, []
+
+
+def _scheduled(program: Program, choice: Choice, lowering: str) -> dict[str, float]:
+    """Seconds of a call as ``overlap`` plays it, of the plans that a prediction does not tell apart: it predicts plans
+    as they are written, and what hides behind what is known only once a program has been put in order."""
+    found: dict[str, float] = {}
+    for near in choice.near:
+        options: dict[str, Any] = {"topology": choice.topology, "lowering": lowering, "order": near.order}
+        built = build(program, near.plan, verify_structure=False, **options)
+        schedule = built.lowered.gm.meta.get("schedule")
+        found[str(near.plan)] = schedule.ways[0].seconds if schedule is not None else near.seconds
+    return found
 
 
 def build(

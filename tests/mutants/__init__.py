@@ -1,0 +1,1 @@
+"""The compiler broken on purpose, one place at a time: ``python -m tests.mutants [--only WORDS]``."""
