@@ -37,6 +37,16 @@ class Emulation:
         """By kind of collective: ``count``, ``bytes`` that left this rank and ``seconds`` on the links so far."""
         return self.links.tallies
 
+    def move(self, topology: str | Topology) -> None:
+        """Go on with the same ranks on another topology's links. What a CUDA graph holds keeps its old times.
+
+        Raises OptionError for a topology that is unknown or has fewer devices than there are ranks.
+        """
+        shape = load(topology) if isinstance(topology, str) else topology
+        shape.check(self.ranks)
+        self.topology = shape
+        self.links.replace(shape.seconds)
+
     def reset(self) -> None:
         """Count anew."""
         self.links.tallies.clear()

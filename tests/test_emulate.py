@@ -167,6 +167,20 @@ def test_groups_across_machines_share_the_network(emulated: Any) -> None:
     assert emulation.tallies["all_to_all"].seconds == pytest.approx(1e-4 + 75_000 / 1e8)
 
 
+def test_moving_to_other_links(emulated: Any) -> None:
+    emulation = emulated(slow(), ranks=8)
+    x = torch.randn(1000)
+    found = []
+    for inner in (1e8, 1e7):
+        emulation.move(slow(inner, inner))
+        emulation.reset()
+        dist.all_reduce(x)
+        found.append(emulation.tallies["all_reduce"].seconds)
+    assert found == pytest.approx([1e-4 + 7e-5, 1e-4 + 7e-4])
+    with pytest.raises(OptionError, match="has 4 devices, the plan needs 8"):
+        emulation.move("rtxpro5000-4")
+
+
 def test_computing_beside_a_collective_takes_the_longer_of_the_two(emulated: Any) -> None:
     emulated(slow(), ranks=4)
     x = torch.randn(1_250_000)  # 75 ms

@@ -1,0 +1,69 @@
+"""FLUX's step on one device: eager, Inductor's modes and fastpar, each in turns with eager, then all in turns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from benchmarks.gpu.models import Made, make
+from benchmarks.gpu.part import Part, Unavailable, run
+from benchmarks.gpu.timing import extras, paired
+
+
+def _ours(**options: Any) -> Callable[[Any], Any]:
+    return lambda model: torch.compile(model, backend="fastpar", options={"plan": "ulysses=1", **options})
+
+
+def _graphs(model: Any) -> Any:
+    if not torch.cuda.is_available():
+        raise Unavailable("CUDA graphs need a CUDA device")
+    return torch.compile(model, mode="reduce-overhead")
+
+
+VARIANTS: dict[str, Callable[[Any], Any]] = {
+    "eager": lambda model: model,
+    "inductor": torch.compile,
+    "fastpar": _ours(),
+    "reduce-overhead": _graphs,
+    "fastpar, cudagraphs": _ours(cudagraphs=True),
+    "max-autotune": lambda model: torch.compile(model, mode="max-autotune"),
+}
+"""Name -> what makes a model of a model; the first is what others are compared with."""
+
+
+def ready(made: Made, build: Callable[[Any], Any]) -> Callable[[], Any]:
+    """A call of one variant, compiled. Raises what compiling raises."""
+    model = build(made.shared())
+
+    def call() -> Any:
+        return model(**made.inputs)
+
+    call()
+    return call
+
+
+def body(part: Part) -> None:
+    torch._dynamo.config.recompile_limit = 64  # variants share the code of one forward
+    made = part.given("FLUX.1", lambda: make("flux", part.size, part.device))
+    if made is None:
+        return
+    runs: dict[str, Callable[[], Any]] = {}
+    with torch.no_grad():
+        runs["eager"] = ready(made, VARIANTS["eager"])
+        for name, build in VARIANTS.items():
+
+            def one(name: str = name, build: Callable[[Any], Any] = build) -> dict[str, Any]:
+                call = runs["eager"] if name == "eager" else ready(made, build)
+                found = paired({"eager": runs["eager"], name: call}, part.device, rounds=5)[name]
+                runs[name] = call
+                return {**found, **extras(call, part.device)}
+
+            part.attempt(name, one)
+        for name, found in paired(runs, part.device, rounds=5).items() if part.left > 5 and len(runs) > 1 else ():
+            part.attempt(f"{name} (all in turns)", lambda found=found: found)
+
+
+if __name__ == "__main__":
+    run(body)
