@@ -6,6 +6,7 @@ measurement that another process may have disturbed is repeated before it counts
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import time
@@ -412,10 +413,20 @@ def test_flux_runs(plan: str) -> None:
     check(model, inputs, plan, ranks - 1, ranks, model(**inputs)[0])
 
 
-def check(model: Any, inputs: Any, plan: str, rank: int, ranks: int, whole: torch.Tensor) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", ["ulysses=8", "gather=8", "tp=4"])
+def test_inductor_s_code_runs_on_emulated_links(plan: str) -> None:
+    if not any(map(shutil.which, ("g++", "clang++"))):
+        pytest.skip("no C++ compiler")
+    model, inputs = attend()
+    ranks = fastpar.Plan.parse(plan).degree
+    check(model, inputs, plan, 0, ranks, model(**inputs), lowering="inductor")
+
+
+def check(model: Any, inputs: Any, plan: str, rank: int, ranks: int, whole: torch.Tensor, **options: Any) -> None:
     """Right shape, finite numbers, exchanges on every call."""
     with fastpar.emulate.start("h100-8", rank=rank, ranks=ranks) as emulation:
-        split = compiled(model, plan)
+        split = compiled(model, plan, **options)
         counts = []
         for _ in range(2):
             emulation.reset()

@@ -184,8 +184,8 @@ def test_links(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_pytest_s_results_are_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report = ('<testsuites><testsuite><testcase classname="tests.a" name="one"/>'
-              '<testcase classname="tests.a" name="two"><failure message="assert 1 == 2"/></testcase><testcase classname="tests.a" name="three"><skipped/>'
-              '</testcase></testsuite></testsuites>')  # fmt: skip
+              '<testcase classname="tests.a" name="two"><failure message="assert 1 == 2"/></testcase>'
+              '<testcase classname="tests.a" name="three"><skipped/></testcase></testsuite></testsuites>')  # fmt: skip
     path = tmp_path / "junit.xml"
     path.write_text(report)
     assert tests.results(path) == {"passed": 1, "failed": 1, "skipped": 1,

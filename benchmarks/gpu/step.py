@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,20 +50,25 @@ def body(part: Part) -> None:
     made = part.given("FLUX.1", lambda: make("flux", part.size, part.device))
     if made is None:
         return
-    runs: dict[str, Callable[[], Any]] = {}
     with torch.no_grad():
-        runs["eager"] = ready(made, VARIANTS["eager"])
-        for name, build in VARIANTS.items():
+        eager = part.given("eager", lambda: ready(made, VARIANTS["eager"]))
+        if eager is None:
+            return
+        runs: dict[str, Callable[[], Any]] = {"eager": eager}
 
-            def one(name: str = name, build: Callable[[Any], Any] = build) -> dict[str, Any]:
-                call = runs["eager"] if name == "eager" else ready(made, build)
-                found = paired({"eager": runs["eager"], name: call}, part.device, rounds=5)[name]
-                runs[name] = call
-                return {**found, **extras(call, part.device)}
+        def one(name: str) -> dict[str, Any]:
+            call = eager if name == "eager" else ready(made, VARIANTS[name])
+            found = paired({"eager": eager, name: call}, part.device, rounds=5)[name]
+            runs[name] = call
+            return {**found, **extras(call, part.device)}
 
-            part.attempt(name, one)
-        for name, found in paired(runs, part.device, rounds=5).items() if part.left > 5 and len(runs) > 1 else ():
-            part.attempt(f"{name} (all in turns)", lambda found=found: found)
+        *most, last = VARIANTS
+        for name in most:
+            part.attempt(name, partial(one, name))
+        if part.left > 0 and len(runs) > 1:
+            for name, found in paired(runs, part.device, rounds=5).items():
+                part.attempt(f"{name} (all in turns)", partial(dict, found))
+        part.attempt(last, partial(one, last))  # may take longer to tune than there is time
 
 
 if __name__ == "__main__":

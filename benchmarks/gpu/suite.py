@@ -17,6 +17,7 @@ import tempfile
 import time
 import zipfile
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -139,10 +140,12 @@ def main(argv: list[str] | None = None) -> int:
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         paths = unpacked(args.wheels, Path(folder) / "wheels")
+        sys.path[:0] = paths  # where versions are looked up
         for name in args.only:
             print(f"== {name}: {PARTS[name].shows}", flush=True)
             results[name] = run_part(name, args, paths, Path(folder))
-            write(args.out, {"device": device(), "size": args.size, "parts": results})  # after each: nothing is lost
+            found = {"device": device(), "peers": versions(), "size": args.size, "parts": results}
+            write(args.out, found)  # after each part: nothing is lost
     failed = [(part, row) for part, found in results.items() for row in found["rows"] if "error" in row]
     print(table(results))
     print(f"\n{len(failed)} failed" + (":" if failed else ""))
@@ -150,6 +153,17 @@ def main(argv: list[str] | None = None) -> int:
         print(f"  {part}, {row['name']}: {first(row['error'])}")
     print(f"written to {args.out}")
     return bool(failed)
+
+
+def versions() -> dict[str, str | None]:
+    """Of the libraries that fastpar is compared with; None where there is none."""
+    found: dict[str, str | None] = {}
+    for name in ("diffusers", "cache-dit", "para-attn", "xfuser", "yunchang"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
 
 
 def device() -> dict[str, Any]:
