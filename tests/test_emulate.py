@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch.distributed._functional_collectives as funcol
 from torch.distributed.device_mesh import init_device_mesh
 
 import fastpar
+from fastpar.backends.emulate import dynamo
 from fastpar.backends.emulate.channel import ThreadChannel
 from fastpar.backends.emulate.group import repeat
 from fastpar.backends.emulate.traffic import everywhere, ring, rooted, shifts, sisters
@@ -335,6 +337,25 @@ def test_compiled_callers_see_a_process_group(emulated: Any) -> None:
 
     x = torch.randn(4, 3)
     assert torch.equal(run(x), x + 1)
+
+
+def test_dynamo_is_told_where_it_knows_exact_types() -> None:
+    """As of torch 2.11: a class with a static method that looks at the type."""
+
+    class Base: ...
+
+    class Ours(Base): ...
+
+    class ProcessGroupVariable:
+        @staticmethod
+        def is_process_group(value: object) -> bool:
+            return type(value) is Base
+
+    old = types.SimpleNamespace(ProcessGroupVariable=ProcessGroupVariable)
+    assert not ProcessGroupVariable.is_process_group(Ours())
+    assert dynamo.tell(Ours, old) and not dynamo.tell(Ours, old)
+    assert [ProcessGroupVariable.is_process_group(x) for x in (Base(), Ours(), 3)] == [True, True, False]
+    assert not dynamo.tell(Ours, types.SimpleNamespace())
 
 
 @pytest.mark.parametrize("ranks", [64, 512])

@@ -93,6 +93,16 @@ def test_wheels_are_put_on_the_path(tmp_path: Path) -> None:
         suite.unpacked(tmp_path / "out", tmp_path)
 
 
+def test_without_a_gpu_only_tiny_sizes_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nobody gets 12B parameters on the host by accident."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    out = tmp_path / "gpu.json"
+    assert suite.main(["--only", "kernels", "--out", str(out)]) == 0
+    (row,) = json.loads(out.read_text())["results"]["parts"]["kernels"]["rows"]
+    assert "size 'full' needs a CUDA device" in row["skipped"]
+
+
 # -- figures ------------------------------------------------------------------------------------
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from fastpar.backends.emulate import dynamo
 from fastpar.backends.emulate.channel import StreamChannel, StreamWork, ThreadChannel, ThreadWork
 from fastpar.backends.emulate.spin import Spinner
 from fastpar.backends.emulate.traffic import Messages, everywhere, joined, ring, rooted, shifts, sisters
@@ -76,6 +77,7 @@ def install(links: Links) -> None:
     _installed[:] = [links]
     if NAME.upper() not in dist.Backend._plugins:
         dist.Backend.register_backend(NAME, _make, extended_api=True, devices=["cpu", "cuda"])
+        dynamo.tell(Group)
 
 
 def uninstall() -> None:

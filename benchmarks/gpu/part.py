@@ -79,10 +79,18 @@ class Part:
         try:
             return make()
         except Unavailable as error:
-            self._row({"name": name, "skipped": str(error)})
+            self.skip(name, str(error))
         except Exception as error:
             self._row({"name": name, "error": f"{type(error).__name__}: {error}"[:600]})
         return None
+
+    def skip(self, name: str, why: str) -> None:
+        """Say why an entry is not there."""
+        self._row({"name": name, "skipped": why})
+
+    def end(self) -> None:
+        """Nothing follows: a process that is stopped from now on has lost nothing."""
+        self._write({"ended": True})
 
     def _row(self, row: dict[str, Any]) -> bool:
         self.rows.append(row)
@@ -105,6 +113,10 @@ def run(body: Callable[[Part], None]) -> None:
     parser.add_argument("--began", type=float, default=time.time(), help="since when the budget counts (epoch)")
     args = parser.parse_args()
     part = Part(args.size, args.budget, args.rows, tuple(args.match), args.began)
-    body(part)
+    if part.cuda or part.size == "tiny":
+        body(part)
+    else:
+        part.skip("(part)", f"size {part.size!r} needs a CUDA device, and torch finds none; --size tiny needs none")
+    part.end()
     if args.rows is None:
         print(json.dumps(part.rows, indent=1, default=str))
