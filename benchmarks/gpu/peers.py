@@ -105,6 +105,7 @@ def compiled(peer: Callable[[Any, int], Run], **options: Any) -> Callable[[Any, 
 PEERS: dict[str, Callable[[Any, int], Run]] = {
     "diffusers ulysses": diffusers_ulysses,
     "diffusers ulysses, compiled": compiled(diffusers_ulysses),
+    "diffusers ulysses, CUDA graphs": compiled(diffusers_ulysses, mode="reduce-overhead"),
     "cache-dit ulysses, compiled": compiled(cache_dit),
     "ParaAttention ulysses, compiled": compiled(para_attn),
     "diffusers ring, compiled": compiled(diffusers_ring),
