@@ -4,6 +4,7 @@
 #   make test                      the tests that a change must pass (a few minutes on two cores)
 #   make PYTHON=python3.12 test    with another Python
 #   make PY=python3 gpu            in an environment of your own, with torch and an editable fastpar in it
+#   make gpu GPU="--only kernels"  one part of the GPU suite; --help lists its options
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -51,7 +52,7 @@ bench: $(READY)
 	$(PY) -m benchmarks
 
 gpu: $(READY)
-	$(PY) -m pytest -q -m gpu
+	$(PY) -m benchmarks gpu $(GPU)
 
 # The environment stays; `rm -r .venv` makes the next target build it anew.
 clean:

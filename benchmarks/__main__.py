@@ -1,4 +1,7 @@
-"""``python -m benchmarks``: every benchmark that runs without a GPU, each to ``benchmarks/results/<name>.json``."""
+"""``python -m benchmarks``: every benchmark that runs without a GPU, each to ``benchmarks/results/<name>.json``.
+
+``python -m benchmarks gpu`` is those that want one (``benchmarks/gpu/suite.py``), with options of its own.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +22,15 @@ COMMANDS = {
 
 
 def main() -> int:
+    if sys.argv[1:2] == ["gpu"]:
+        from benchmarks.gpu.suite import main as gpu
+
+        return gpu(sys.argv[2:])
     folder = Path(__file__).parent / "results"
     failed = []
     for name in sys.argv[1:] or COMMANDS:
         if name not in COMMANDS:
-            print(f"no benchmark {name!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
+            print(f"no benchmark {name!r}; there are {', '.join((*COMMANDS, 'gpu'))}", file=sys.stderr)
             return 2
         module, *options = COMMANDS[name]
         print(f"== {name}", flush=True)

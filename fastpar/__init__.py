@@ -2,8 +2,8 @@
 
 ``torch.compile(model, backend="fastpar")`` needs no import of this package. What it offers
 beside that (all in one process, N virtual ranks): ``verify``, ``explain``, ``simulate``,
-``capture`` and the classes ``Plan`` and ``Report``; ``shard_weights``, for ranks that hold parts of weights; and
-``generation``, for sampling loops of one's own.
+``capture`` and the classes ``Plan`` and ``Report``; ``shard_weights``, for ranks that hold parts of weights;
+``generation``, for sampling loops of one's own; and ``emulate``, one device as rank r of N on emulated links.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from fastpar.core.version import VERSION as __version__
 
 if TYPE_CHECKING:
+    from fastpar import emulate
     from fastpar.core.plan import Plan
     from fastpar.graph.capture import Captured, capture
     from fastpar.run.report import Report
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
     from fastpar.run.verify import explain, simulate, verify
     from fastpar.run.weights import shard_weights
 
-__all__ = ["__version__", "Captured", "Plan", "Report", "capture", "explain", "generation", "shard_weights",
-           "simulate", "verify"]  # fmt: skip
+__all__ = ["__version__", "Captured", "Plan", "Report", "capture", "emulate", "explain", "generation",
+           "shard_weights", "simulate", "verify"]  # fmt: skip
 
 _HOMES = {
     "Captured": "fastpar.graph.capture",
@@ -38,8 +39,9 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     # lazily: the command line and the entry point should not pay for what they do not use
-    if name in _HOMES:
+    if name in _HOMES or name == "emulate":
         import importlib
 
-        return getattr(importlib.import_module(_HOMES[name]), name)
+        home = importlib.import_module(_HOMES.get(name, "fastpar.emulate"))
+        return getattr(home, name) if name in _HOMES else home
     raise AttributeError(f"module 'fastpar' has no attribute {name!r}; it offers {', '.join(__all__)}")

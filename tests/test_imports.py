@@ -28,7 +28,7 @@ FLOORS: tuple[frozenset[str], ...] = tuple(
         "plan",
         "run",
         "backend",
-        "cli report demo diffusers",  # and fastpar/__init__.py, the user's surface
+        "cli report demo diffusers emulate",  # and fastpar/__init__.py, the user's surface
     )
 )
 FLOOR = {part: i for i, floor in enumerate(FLOORS) for part in floor} | {"": len(FLOORS) - 1}

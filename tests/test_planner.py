@@ -19,7 +19,7 @@ from fastpar.plan import cost, planner
 from fastpar.plan.expand import pipeline_text
 from fastpar.plan.planner import FINALISTS, choose
 from fastpar.plan.predict import predict
-from fastpar.plan.topology import CACHED, Device, Level, Topology, load, parse, presets
+from fastpar.plan.topology import CACHED, Device, Level, Topology, detect, load, parse, presets
 from fastpar.plan.workload import Attention, Workload, workload
 from fastpar.run import build as build_module
 from fastpar.run.build import build
@@ -110,6 +110,15 @@ def test_what_is_wrong_with_a_file_is_said(text: str, said: str) -> None:
     with pytest.raises(OptionError) as error:
         parse(text, "box")
     assert said in str(error.value)
+
+
+@pytest.mark.parametrize(("card", "preset"), [("NVIDIA H100 80GB HBM3", "h100-8"), ("NVIDIA A100 80GB PCIe", "a100-8")])
+def test_the_machine_at_hand_is_one_machine(card: str, preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Presets with several machines of the same card come later."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: card)
+    found, why = detect(8)
+    assert found.name == preset and card in why
 
 
 def test_an_unknown_topology_names_the_presets() -> None:

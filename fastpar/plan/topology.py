@@ -245,6 +245,7 @@ def detect(ranks: int) -> tuple[Topology, str]:
         name = torch.cuda.get_device_name()
         best = [p for p in presets() if load(p).device.name.split()[0] in name.split()
                 or " ".join(load(p).device.name.split()[:2]) in name]  # fmt: skip
+        best.sort(key=lambda p: len(load(p).levels))  # one machine, until something says that there are more
         if best:
             chosen, why = load(best[0]), f"found {name}: planned for {best[0]}"
         else:

@@ -82,7 +82,7 @@ def process_groups(
             names[axes] = group.group_name
             continue
         key = (group.group_name, tuple(ranks[m] for m in members))
-        if key not in _made:
+        if key not in _made or _made[key] not in dist.distributed_c10d._world.pg_map:  # a new world, of the same name
             _made[key] = dist.new_group([ranks[m] for m in members], use_local_synchronization=True)
         names[axes] = _made[key].group_name
     return names
