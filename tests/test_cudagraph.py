@@ -21,9 +21,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import fastpar
 import fastpar.run.capturing as capturing_module
 from fastpar.backends.cudagraph import captured as captured_module
-from fastpar.backends.cudagraph import release
+from fastpar.backends.cudagraph import obstacles, release
 from fastpar.backends.cudagraph.captured import MOVES, Captured
 from fastpar.backends.cudagraph.cuda import Watch
 from fastpar.backends.cudagraph.obstacles import obstacle, scalars_on
@@ -239,6 +240,20 @@ OBSTACLES = [
 def test_reasons(nodes: Any, inputs: Any, reason: str) -> None:
     found = obstacle(graph_of(*nodes, inputs=inputs), lambda name: {"slow": "gloo", "fast": "nccl"}[name])
     assert found is not None and reason in found
+
+
+@pytest.mark.parametrize(("asked", "found"), [("emulate", "emulate"), ("cpu:gloo,cuda:fake", "fake"), ("gloo", "gloo")])
+def test_backends_of_groups(asked: str, found: str) -> None:
+    """What torch calls a group's backend, however it was asked for."""
+    if asked == "emulate":
+        fastpar.emulate.start("h100-8", ranks=2)
+    else:
+        dist.init_process_group(asked, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        assert obstacles._backend_of(dist.group.WORLD.group_name) == found
+        assert (found in obstacles.CAPTURABLE) == (found != "gloo")
+    finally:
+        dist.destroy_process_group()
 
 
 def test_nothing_stands_against_a_plain_program() -> None:

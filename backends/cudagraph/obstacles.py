@@ -88,9 +88,10 @@ CAPTURABLE = ("nccl", "emulate", "fake")
 """Backends of torch.distributed whose collectives are launches on a stream and nothing else."""
 
 
-def _backend_of(name: str) -> str:
+def _backend_of(name: str, device: str = "cuda") -> str:
     group = dist.distributed_c10d._resolve_process_group(name)
-    return str(group._get_backend(torch.device("cuda")).name()).lower()
+    config = str(dist.distributed_c10d._world.pg_backend_config[group])  # "cpu:gloo,cuda:nccl", or one name for all
+    return dict(part.split(":") for part in config.split(",") if ":" in part).get(device, config)
 
 
 def _all_on(value: Any, kind: str) -> bool:
