@@ -28,6 +28,7 @@ from fastpar.run.artefact import Runner
 from fastpar.run.build import Built, build
 from fastpar.run.groups import check_device, group_of, need_group, process_groups, world
 from fastpar.run.hoisted import artefact_of
+from fastpar.run.onesided import one_sided
 from fastpar.run.stream import Dealt, ends_frame, frame_counter
 from fastpar.run.weights import Held, axes_held, is_shell, whole_examples
 
@@ -81,16 +82,22 @@ def finish(program: Program, options: Options, group: Any, last: bool = False, h
     built = build(
         program, options.plan, ranks, options.passes, dump, topology=options.topology, lowering=lowering, hold=hold
     )
-    agree(_fields(built, lowering), group, options.timeout)
+    agree(_fields(built, lowering, options.transport), group, options.timeout)
     dealt = (built.dealt,) if built.dealt else ()
     also = [*([dealt] if dealt else []), *axes_held(built.lowered)]
     groups = process_groups(built.lowered.graph, built.mesh, group, also)
-    local = built.localise(rank, groups)
+    localised, compile = (lambda b: b.localise(rank, groups)), LOWERINGS[lowering]()
+    if options.transport == "one-sided":
+        sided, reason = one_sided(group, device, options.timeout)
+        if sided is not None:
+            localised, compile = sided.localise, sided.compile(compile)
+        else:
+            built.notes.append(f"two-sided, though transport is 'one-sided': {reason}")
+            log.warning("%s", built.notes[-1])
+    local = localised(built)
     if dump is not None:
         dump(None, local, None, 0.0)
-    runner: Runner = artefact_of(
-        local, LOWERINGS[lowering](), lambda varying: built.hoisted_anew(varying).localise(rank, groups)
-    )
+    runner: Runner = artefact_of(local, compile, lambda varying: localised(built.hoisted_anew(varying)))
     if hold:
         runner = Held(runner, built.lowered, built.mesh, rank, groups)
     if dealt:
@@ -112,7 +119,7 @@ def _device(program: Program) -> torch.device:
     return torch.device("cpu")
 
 
-def _fields(built: Built, lowering: str) -> dict[str, str]:
+def _fields(built: Built, lowering: str, transport: str) -> dict[str, str]:
     """What ranks must have in common, most telling first: a mismatch is reported by the first that differs."""
     inputs = ", ".join(
         f"{i.name}: {str(v.dtype).removeprefix('torch.')}{list(v.shape)}"
@@ -125,6 +132,7 @@ def _fields(built: Built, lowering: str) -> dict[str, str]:
         "pipeline": str(built.pipeline),
         "mesh": str(built.mesh),
         "lowering": lowering,
+        "transport": transport,
         "inputs": inputs,
         "graph": built.captured.hash(),
         "program": built.lowered.hash(),
