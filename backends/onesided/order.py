@@ -25,7 +25,9 @@ from fastpar.core.errors import CheckError
 
 CALLS = 2
 _REST = (0, 1, 2, 3, 4, 6, 8, 12, 16)
-_TWICE = 2.0  # heap over the smallest one: as much as double buffering would take
+_TWICE = 2  # heap over the smallest one: as much as double buffering would take
+SPARE = 64 << 20
+"""Bytes of heap that are nothing beside a model's weights; a credit costs both ranks a launch."""
 
 
 @dataclass(frozen=True)
@@ -57,17 +59,20 @@ def credits(traffic: Traffic, slots: Slots) -> tuple[Credit, ...]:
     return _Walk(traffic, slots).run()
 
 
-def choose(traffic: Traffic) -> Order:
-    """Fewest credits on a heap of at most twice the smallest size; of equals, the smallest heap."""
+def choose(traffic: Traffic, spare: int = SPARE) -> Order:
+    """Fewest credits on a heap of at most twice the smallest size, or of ``spare`` bytes if that is more.
+
+    Of orders that need equally many, the one whose slots rest longest: its credits are there before they are waited for.
+    """
     found: list[Order] = []
     for rest in _REST:
         slots = assign(traffic, rest)
-        if found and (slots.size > _TWICE * found[0].slots.size or slots == found[-1].slots):
+        if found and (slots.size > max(_TWICE * found[0].slots.size, spare) or slots == found[-1].slots):
             break
         found.append(Order(slots, credits(traffic, slots), rest))
         if not found[-1].credits:
             break
-    return min(found, key=lambda order: (len(order.credits), order.slots.size))
+    return min(found, key=lambda order: (len(order.credits), -order.rest))
 
 
 class _Walk:
@@ -176,7 +181,8 @@ def _last_reads(traffic: Traffic, slots: Slots) -> list[dict[tuple[int, int], tu
         before = traffic.apart[others, channel]
         both = ~before & ~traffic.apart[channel, others] & (others != channel)
         if both.any():
-            raise CheckError(f"channels {others[both][0]} and {channel} share bytes while both may be under way")
+            pair = sorted((int(others[both][0]), channel))
+            raise CheckError(f"channels {pair[0]} and {pair[1]} share bytes while both may be under way")
         for reader in range(traffic.ranks):
             read = traffic.place[READ][reader, others]
             ends = low[others] + filled[others, reader]
@@ -193,4 +199,4 @@ def _latest(channels: np.ndarray, read: np.ndarray, chosen: np.ndarray) -> int |
     return int(channels[np.where(chosen, read, -1).argmax()]) if chosen.any() else None
 
 
-__all__ = ["Credit", "Order", "choose", "credits", "Slots"]
+__all__ = ["SPARE", "Credit", "Order", "choose", "credits"]

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fastpar.backends.onesided.order import Order, choose
+from fastpar.backends.onesided.order import SPARE, Order, choose
 from fastpar.backends.onesided.slots import PUT, READ, Event, Traffic
 from fastpar.core.errors import CheckError
 from fastpar.core.mesh import Mesh
@@ -142,9 +142,10 @@ def _buffer(packed: fx.Node) -> tuple[int, int]:
     return (1 if mixed else item), numel
 
 
-def planned(programs: Sequence[Program], name: str) -> dict[str, Planned]:
+def planned(programs: Sequence[Program], name: str, spare: int = SPARE) -> dict[str, Planned]:
     """The heaps of the ranks' programs (PROLOGUE, STEP: those that exchange anything), as ``name.step`` and so on.
 
+    ``spare``: bytes of heap that may be spent to save credits (``order.choose``).
     Raises CheckError where ranks start different exchanges.
     """
     every = [exchanges(p, rank) for rank, p in enumerate(programs)]
@@ -167,7 +168,7 @@ def planned(programs: Sequence[Program], name: str) -> dict[str, Planned]:
         )
         traffic = Traffic(events, members, sizes)
         _check(sides, traffic)
-        order = choose(traffic)
+        order = choose(traffic, spare)
         labels = tuple(x.label for x in chosen[0] for _ in x.sides)
         out[where] = Planned(HeapSpec(f"{name}.{where}", labels, order.slots.size), order, traffic, keys)
     return out
