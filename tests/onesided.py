@@ -77,7 +77,8 @@ def over_shared_memory(
 ) -> list[list[Any]]:
     """[call][rank]: outputs of the one-sided programs, ranks being threads with real heaps."""
     ranks, number = built.mesh.ranks, next(_names)
-    programs = [sided(built, f"t{number}r{rank}", spare)[1][rank] for rank in range(ranks)]  # a registry for each, by name
+    # one registry for all: each rank's heap has a name of its own
+    programs = [sided(built, f"t{number}r{rank}", spare)[1][rank] for rank in range(ranks)]
     runners = [lowering(p) for p in programs]
     meeting = Meeting(ranks)
 

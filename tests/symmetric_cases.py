@@ -1,6 +1,6 @@
-"""The symmetric transport where kernels run: in Triton's interpreter (``python -m tests.symmetric_cases``), or on a GPU.
+"""The symmetric transport where kernels run: on a GPU, or in Triton's interpreter (``-m tests.symmetric_cases``).
 
-Without a GPU the handle of torch's symmetric memory is a fake: the heaps of all ranks are ordinary tensors here, and one
+The handle of torch's symmetric memory is a fake: the heaps of all ranks are ordinary tensors of this process, and one
 thread plays the ranks in turn, so nothing may be waited for that did not come before.
 """
 

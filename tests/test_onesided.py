@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import random
 import re
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,7 +29,7 @@ from fastpar.backends.onesided.shared import Shared, place
 from fastpar.backends.onesided.slots import PUT, READ, Slots, Traffic, assign
 from fastpar.backends.simulate import run_calls, run_local
 from fastpar.backends.simulate.sided import Heaps, Message
-from fastpar.core.errors import AgreementError, CheckError, FastparError
+from fastpar.core.errors import AgreementError, CheckError, FastparError, OptionError
 from fastpar.graph.program import Program
 from fastpar.graph.prologue import split
 from fastpar.ops.onesided import HeapSpec, heap_of, is_onesided, put
@@ -40,6 +45,7 @@ from tests.onesided import (
     walk,
     without_credits,
 )
+from tests.symmetric_cases import CASES
 from tests.test_cfg import Block, inputs
 from tests.test_hoist import denoiser, prompt, sample
 from tests.test_replicas import torchrun
@@ -47,6 +53,7 @@ from tests.test_schedule import PLANS, Two, built
 
 torch.set_num_threads(1)
 
+ROOT = Path(__file__).resolve().parent.parent
 SEEDS = 6
 
 
@@ -141,13 +148,14 @@ def dense(ranks: int, steps: int, size: int = 256) -> Traffic:
 
 
 def test_dense_exchanges_on_two_slots_need_no_credits() -> None:
-    """What a rank has received says that all others have read what came before; StreamFusion's barrier is not needed."""
+    """What a rank has received says that all others have read what came before: that is a barrier already."""
     for ranks in (2, 4):
         order = choose(dense(ranks, 8))
         assert order.credits == ()
         assert order.slots.size == 2 * ranks * 256
     alone = choose(dense(3, 1))  # its slot is its own successor's, of which nobody has heard
-    assert {(c.reader, c.writer, c.lag) for c in alone.credits} == {(r, w, 1) for r in range(3) for w in range(3) if r != w}
+    others = {(r, w, 1) for r in range(3) for w in range(3) if r != w}
+    assert {(c.reader, c.writer, c.lag) for c in alone.credits} == others
 
 
 def test_a_ring_needs_credits_or_as_many_slots_as_ranks() -> None:
@@ -227,6 +235,17 @@ def test_the_report_says_what_it_takes(captured: fastpar.Captured) -> None:
     )
     assert re.search(r"[1-9]\d* credits on 3 ranks", said(sided(built(captured, "ring=3"), spare=0)[2]))
     assert said({}) == "one-sided: nothing is exchanged"
+
+
+@pytest.mark.parametrize("plan", ["ulysses=3", "ring=3"])
+def test_verify_runs_the_one_sided_programs(captured: fastpar.Captured, plan: str) -> None:
+    report = fastpar.verify(captured, plan=plan, transport="one-sided")
+    assert report.ok and report.max_rel_err < 1e-12
+    (note,) = [n for n in report.notes if n.startswith("one-sided: ")]
+    assert note in fastpar.explain(captured, plan=plan, transport="one-sided").notes
+    assert note not in fastpar.explain(captured, plan=plan).notes
+    with pytest.raises(OptionError, match="unknown transport 'one'; valid: two-sided, one-sided"):
+        fastpar.explain(captured, plan=plan, transport="one")
 
 
 # -- what must be noticed -------------------------------------------------------------------------
@@ -460,7 +479,7 @@ class _Store(dict):  # type: ignore[type-arg]
 
 def asked(monkeypatch: pytest.MonkeyPatch, places: list[str], device: str = "cpu", timeout: float = 5.0) -> list[Any]:
     """What every rank is told whose places are these; ``None`` for a rank that does not come."""
-    store, local = _Store(), __import__("threading").local()
+    store, local = _Store(), threading.local()
     monkeypatch.setattr(running, "world", lambda group: (local.rank, len(places)))
     monkeypatch.setattr(running, "party_of", lambda group: Party(store, local.rank, tuple(range(len(places)))))
     monkeypatch.setattr(running, "_place", lambda device: places[local.rank])
@@ -526,3 +545,45 @@ def test_a_process_that_dies_is_named_and_leaves_nothing(monkeypatch: pytest.Mon
 def test_late_processes_under_more_plans(ranks: int, plans: list[str]) -> None:
     printed = torchrun(*plans, script="tests.scripts.onesided", ranks=ranks)
     assert printed.count("bits equal") == ranks * len([p for p in plans if not p.startswith("--")])
+
+
+# -- GPUs -----------------------------------------------------------------------------------------
+
+interpreted = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1",
+    reason="Triton is not installed (pip install 'fastpar[test]' on Linux), or TRITON_INTERPRET is set for all tests",
+)
+
+
+@interpreted
+def test_symmetric_heaps_in_the_interpreter() -> None:
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "tests.symmetric_cases", *CASES]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("as it should be") == len(CASES)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES)
+def test_symmetric_heaps_on_a_gpu(case: str) -> None:
+    CASES[case]("cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("ranks", "plans"), [(2, ["ring=2", "ulysses=2", "torus=2"]), (4, ["ulysses=2,ring=2", "torus=2,ring=2"])]
+)
+def test_processes_on_one_gpu_keep_the_bits(ranks: int, plans: list[str]) -> None:
+    printed = torchrun("--cuda", *plans, script="tests.scripts.onesided", ranks=ranks)
+    assert printed.count("bits equal") == ranks * len(plans)
+    assert "two-sided, though" not in printed
+
+
+@pytest.mark.gpu
+@pytest.mark.distributed
+@pytest.mark.parametrize(("ranks", "plan"), [(2, "ring=2"), (2, "ulysses=2"), (4, "torus=2,ring=2")])
+def test_replays_of_a_captured_step_keep_the_bits(ranks: int, plan: str) -> None:
+    printed = torchrun("--cuda", "--captured", plan, script="tests.scripts.onesided", ranks=ranks)
+    assert printed.count("replayed, bits equal") == ranks

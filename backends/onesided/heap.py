@@ -60,7 +60,7 @@ class Heap(ABC):
         """A call of the program begins."""
         self.calls += 1
 
-    def end(self) -> None:
+    def end(self) -> None:  # noqa: B027  (most have nothing to do)
         """All of the call has been launched."""
 
     @contextmanager
@@ -68,7 +68,7 @@ class Heap(ABC):
         """Around the puts of a channel: on a stream of its own, where there are streams."""
         yield
 
-    def settle(self, channel: int) -> None:
+    def settle(self, channel: int) -> None:  # noqa: B027
         """What ``put`` was given for this channel has left."""
 
     # -- flags

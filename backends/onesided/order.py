@@ -3,7 +3,7 @@
 A slot may be written again when its reader has read it. Often the writer knows: it has itself received something that
 the reader sent after reading, or that somebody sent who had heard of it. This is *happens-before* (Lamport; vector
 clocks): the edges are each rank's program order, and from every put to its read. Where it holds, nothing is added.
-Where it does not, the reader says so after reading (a *credit*: one more flag, at the writer), and the put waits for it.
+Where it does not, the reader says so after reading (a *credit*: one more flag, at the writer), and the put waits.
 
 Flags count calls, so a heap is reused by the next call without a barrier; hence two calls in a row are looked at, which
 is all there is to look at: every path from a read to the next put into its slot lies within them.
@@ -32,8 +32,8 @@ SPARE = 64 << 20
 
 @dataclass(frozen=True)
 class Credit:
-    """``reader`` tells ``writer`` that it has read ``read``; ``writer`` waits for it before it puts ``put``: that of the
-    same call (``lag`` 0) or of the one before (1)."""
+    """``reader`` tells ``writer`` that it has read ``read``; ``writer`` waits for it before it puts ``put``: that of
+    the same call (``lag`` 0) or of the one before (1)."""
 
     reader: int
     read: int
@@ -62,7 +62,7 @@ def credits(traffic: Traffic, slots: Slots) -> tuple[Credit, ...]:
 def choose(traffic: Traffic, spare: int = SPARE) -> Order:
     """Fewest credits on a heap of at most twice the smallest size, or of ``spare`` bytes if that is more.
 
-    Of orders that need equally many, the one whose slots rest longest: its credits are there before they are waited for.
+    Of orders that need equally many, the one whose slots rest longest: its credits come before they are waited for.
     """
     found: list[Order] = []
     for rest in _REST:

@@ -33,7 +33,7 @@ _KINDS = {
     _C10D.all_reduce.default: "all_reduce",
 }
 WHOLE = 1 << 15
-"""Bytes up to which a value is reduced by every rank from all terms: at this size a message takes what its latency is."""
+"""Bytes up to which every rank reduces a value from all terms: at this size a message takes what its latency is."""
 PROLOGUE, STEP = "prologue", "step"
 
 
@@ -78,7 +78,7 @@ class Planned:
 def exchanges(program: Program, rank: int) -> list[Exchange]:
     """The exchanges of a localised program whose groups have the names of mesh axes, in order of their start."""
     mesh: Mesh = program.mesh
-    found = []
+    found: list[Exchange] = []
     for node in program.graph.nodes:
         if node.target in _KINDS:
             kind = _KINDS[node.target]

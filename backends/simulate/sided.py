@@ -24,7 +24,7 @@ NAN = 0xFF  # as every byte of a floating point number
 
 @dataclass
 class Message:
-    """On its way: ``data`` (None once it has landed, or for a credit), then ``flag`` at ``to`` (None for own pieces)."""
+    """On its way: ``data`` (None once it landed, or for a credit), then ``flag`` at ``to`` (None for own pieces)."""
 
     heap: str
     source: int

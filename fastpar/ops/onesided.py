@@ -185,7 +185,8 @@ def is_onesided(node: Any) -> bool:
 def arrival(node: Any) -> tuple[str, int, list[int], list[int], int, int]:
     """Of a receive: (heap, channel, sources, credits, offset, elements)."""
     _, _, heap, channel, sources, credits, offset, *rest = node.args
-    return heap, channel, list(sources), list(credits), offset, rest[0] if node.target is receive else math.prod(rest[:2])
+    numel = rest[0] if node.target is receive else math.prod(rest[:2])
+    return heap, channel, list(sources), list(credits), offset, numel
 
 
 def reader(node: Any) -> Read:

@@ -1,7 +1,8 @@
 """Hoisted values on real processes: what changes between the calls of a sampler, and results that stay right.
 
-Run by torchrun with plans as arguments (``+shards``: weights in parts; ``+one-sided``). Prints per rank and plan how far the worst result is from eager's and which
-programs ran; exits non-zero where a result is wrong, ranks differ, or a prologue ran more or less often than it must.
+Run by torchrun with plans as arguments (``+shards``: weights in parts; ``+one-sided``). Prints per rank and plan how
+far the worst result is from eager's and which programs ran; exits non-zero where a result is wrong, ranks differ, or a
+prologue ran more or less often than it must.
 """
 
 from __future__ import annotations

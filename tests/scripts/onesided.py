@@ -3,7 +3,9 @@
 Each plan runs two-sided, one-sided, and one-sided with random sleeps before puts, receives and blocks of attention; for
 four steps, on inputs that differ. Per plan and rank one line; exits non-zero where a value is off, or its bits are not
 those of the other ranks and of the two-sided run. With ``--inductor`` one-sided runs are lowered by Inductor, whose
-values (not bits) are compared. With ``--dies`` rank 1 leaves before the third step, and the others must say so.
+values (not bits) are compared. With ``--dies`` rank 1 leaves before the third step, and the others must say so. With
+``--cuda`` all ranks share the first GPU, and heaps are torch's symmetric memory (gloo carries what is two-sided);
+``--captured`` also replays the step from a CUDA graph, against the same step launched.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ import torch.distributed as dist
 from torch import fx
 
 from fastpar.core.errors import FastparError
+from fastpar.core.plan import Plan
 from fastpar.graph.program import Program
+from fastpar.plan.expand import pipeline_text
 from fastpar.registry import LOWERINGS
 from tests.test_ring import Joint
 
@@ -53,7 +57,38 @@ def steps(model: Any, plan: str, transport: str, lowering: str, given: list[Any]
 
 
 def digest(outputs: list[torch.Tensor]) -> str:
-    return hashlib.sha256(b"".join(o.contiguous().numpy().tobytes() for o in outputs)).hexdigest()
+    return hashlib.sha256(b"".join(o.cpu().contiguous().numpy().tobytes() for o in outputs)).hexdigest()
+
+
+def captured(model: Any, plan: str, given: list[Any]) -> int:
+    """The step from a CUDA graph, replayed 50 times on changing inputs: 0 if its bits are those of the launched one.
+
+    The graph is of the whole call, its count of calls included, so a replay moves all epochs on.
+    """
+    # nothing hoisted: whether it is still right is asked of the device on every call, which a capture cannot do
+    passes = pipeline_text(Plan.parse(plan)).replace("hoist,", "")
+    options = {"plan": plan, "passes": passes, "transport": "one-sided", "lowering": "eager"}
+    compiled = torch.compile(model, backend="fastpar", options=options)
+    static = [x.clone() for x in given[0]]
+    launched = [torch.cat(compiled(*inputs), 1).clone() for inputs in given]
+    graph = torch.cuda.CUDAGraph()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        compiled(*static)
+    stream.synchronize()
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        out = torch.cat(compiled(*static), 1)
+    good = True
+    for step in range(50):
+        for x, value in zip(static, given[step % STEPS], strict=True):
+            x.copy_(value)
+        graph.replay()
+        good &= torch.equal(out, launched[step % STEPS])
+    print(f"rank {dist.get_rank()}: {plan} replayed, bits {'equal' if good else 'DIFFER'}", flush=True)
+    dist.barrier()
+    del graph
+    dist.destroy_process_group()
+    return int(not good)
 
 
 def dies(model: Any, plan: str, given: list[Any]) -> int:
@@ -78,19 +113,25 @@ def dies(model: Any, plan: str, given: list[Any]) -> int:
 
 def main() -> int:
     torch.set_num_threads(1)
+    flags = [a for a in sys.argv[1:] if a.startswith("--")]
+    plans = [a for a in sys.argv[1:] if not a.startswith("--")]
+    device = "cuda:0" if "--cuda" in flags else "cpu"
+    if device != "cpu":
+        os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
+        torch.cuda.set_device(0)
     dist.init_process_group("gloo")
     said: list[str] = []
     logger = logging.getLogger("fastpar")
     logger.setLevel(logging.INFO)
     logger.addHandler(_Kept(said))
     torch.manual_seed(0)
-    model = Joint(4).double().eval().requires_grad_(False)
+    model = Joint(4).double().eval().requires_grad_(False).to(device)
     # a text that is too short to split
-    given = [(torch.randn(2, 1, 12).double(), torch.randn(2, 11, 12).double()) for _ in range(STEPS)]
-    flags = [a for a in sys.argv[1:] if a.startswith("--")]
-    plans = [a for a in sys.argv[1:] if not a.startswith("--")]
+    given = [tuple(torch.randn(2, n, 12).double().to(device) for n in (1, 11)) for _ in range(STEPS)]
     if "--dies" in flags:
         return dies(model, plans[0], given)
+    if "--captured" in flags:
+        return captured(model, plans[0], given)
     inductor, bad = "--inductor" in flags, 0
     for plan in plans:
         whole = [torch.cat(model(*inputs), 1) for inputs in given]
@@ -107,7 +148,8 @@ def main() -> int:
         compared = {d for of_rank in every for d in (of_rank[1:] if inductor else of_rank)}
         same = len(compared) == 1
         bad += not (same and off <= TOLERANCE)
-        print(f"rank {dist.get_rank()}: {plan} off by {off:.1e}, bits {'equal' if same else 'DIFFER'}\n", end="", flush=True)
+        line = f"rank {dist.get_rank()}: {plan} off by {off:.1e}, bits {'equal' if same else 'DIFFER'}\n"
+        print(line, end="", flush=True)
     sided = [line for line in said if "sided" in line]
     if dist.get_rank() == 0:
         print("\n".join(sided), flush=True)
