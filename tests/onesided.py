@@ -110,47 +110,64 @@ class Overwritten(AssertionError):
 
 
 def walk(traffic: Traffic, order: Order, dice: random.Random, calls: int = 3, lazy: int | None = None) -> None:
-    """All ranks through several calls in an order that ``dice`` draw, bytes landing as early as they can.
+    """All ranks through several calls in an order that ``dice`` draw.
 
-    ``lazy``: a rank that only moves when no other can. Raises Overwritten, or AssertionError where all are stuck.
+    A put runs beside the program, behind the puts before it: what waits for credits is not what reads. ``lazy``: a rank
+    that only reads when no other can move. Raises Overwritten, or AssertionError where all are stuck.
     """
     length = len(traffic.events[0])
-    at = [0] * traffic.ranks
+    at, beside = [0] * traffic.ranks, [0] * traffic.ranks  # events of the program that are over; puts that are
+    puts = [[c for kind, c in events if kind == PUT] for events in traffic.events]
+    place = [{c: i for i, c in enumerate(of_rank)} for of_rank in puts]
     here: dict[tuple[int, int, int], int] = {}  # (reader, channel, source) -> call of the last piece
     was_read: dict[tuple[int, int], int] = {}
     unread: list[list[tuple[int, int, int]]] = [[] for _ in at]  # (low, high, channel)
 
-    def can(rank: int) -> bool:
+    def can_run(rank: int) -> bool:
+        if at[rank] == calls * length:
+            return False
         call, event = divmod(at[rank], length)
         kind, channel = traffic.events[rank][event]
         if kind == PUT:
-            mine = [c for c in order.credits if (c.writer, c.put) == (rank, channel)]
-            return all(was_read.get((c.reader, c.read), -1) >= call - c.lag for c in mine)
-        return all(here.get((rank, channel, s), -1) >= call for s in traffic.pieces(channel, rank))
+            return True  # it is let go of, and takes place when it can
+        left = beside[rank] > call * len(puts[rank]) + place[rank][channel]
+        return left and all(here.get((rank, channel, s), -1) >= call for s in traffic.pieces(channel, rank))
 
-    while True:
-        moving = [r for r in range(traffic.ranks) if at[r] < calls * length]
-        ready = [r for r in moving if can(r)]
-        if not moving:
-            return
-        assert ready, f"stuck: {at}"
-        rank = dice.choice([r for r in ready if r != lazy] or ready)
-        call, event = divmod(at[rank], length)
-        kind, channel = traffic.events[rank][event]
-        at[rank] += 1
-        if kind == PUT:
-            for reader in range(traffic.ranks):
-                if rank in (pieces := traffic.pieces(channel, reader)):
-                    start, size = pieces[rank]
-                    low = order.slots.offsets[channel] + start
-                    for a, b, other in unread[reader]:
-                        if a < low + size and low < b:
-                            raise Overwritten(f"channel {channel} on {other} of rank {reader}")
-                    unread[reader].append((low, low + size, channel))
-                    here[reader, channel, rank] = call
-        else:
+    def can_put(rank: int) -> bool:
+        call, number = divmod(beside[rank], len(puts[rank]))
+        let_go = divmod(at[rank], length)
+        events = traffic.events[rank][: let_go[1]]
+        if (call, number) >= (let_go[0], sum(kind == PUT for kind, _ in events)):
+            return False
+        mine = [c for c in order.credits if (c.writer, c.put) == (rank, puts[rank][number])]
+        return all(was_read.get((c.reader, c.read), -1) >= call - c.lag for c in mine)
+
+    def move(rank: int) -> None:
+        kind, channel = traffic.events[rank][at[rank] % length]
+        if kind != PUT:
             unread[rank] = [entry for entry in unread[rank] if entry[2] != channel]
-            was_read[rank, channel] = call
+            was_read[rank, channel] = at[rank] // length
+        at[rank] += 1
+
+    def land(rank: int) -> None:
+        call, number = divmod(beside[rank], len(puts[rank]))
+        channel = puts[rank][number]
+        beside[rank] += 1
+        for reader in range(traffic.ranks):
+            if rank in (pieces := traffic.pieces(channel, reader)):
+                start, size = pieces[rank]
+                low = order.slots.offsets[channel] + start
+                for a, b, other in unread[reader]:
+                    if a < low + size and low < b:
+                        raise Overwritten(f"channel {channel} on {other} of rank {reader}")
+                unread[reader].append((low, low + size, channel))
+                here[reader, channel, rank] = call
+
+    while any(n < calls * length for n in at):
+        ready = [(r, step) for r in range(traffic.ranks) for step, can in ((move, can_run), (land, can_put)) if can(r)]
+        assert ready, f"stuck: {at}"
+        rank, step = dice.choice([x for x in ready if x[0] != lazy or x[1] is land] or ready)
+        step(rank)
 
 
 def dropped(order: Order, number: int) -> Order:

@@ -26,7 +26,7 @@ from fastpar.core.errors import CheckError
 CALLS = 2
 _REST = (0, 1, 2, 3, 4, 6, 8, 12, 16)
 _TWICE = 2  # heap over the smallest one: as much as double buffering would take
-SPARE = 64 << 20
+SPARE = 128 << 20
 """Bytes of heap that are nothing beside a model's weights; a credit costs both ranks a launch."""
 
 
@@ -85,6 +85,9 @@ class _Walk:
         self.last = _last_reads(traffic, slots)
         # the last event of each rank (over both calls) that a rank knows to be over, before its next one
         self.known = np.full((traffic.ranks, traffic.ranks), -1, dtype=np.int64)
+        # the same, and what credits told: puts run beside the program, in their own order, so what one of them waited
+        # for is known to later puts, and to the program only from where it waits for that put to have left
+        self.beside = self.known.copy()
         self.at = [0] * traffic.ranks
         self.sent: dict[tuple[int, int, int], np.ndarray] = {}  # (call, channel, rank) -> what it knew when it put
         self.read: dict[tuple[int, int], np.ndarray] = {}  # (rank, event) -> what it knew after reading
@@ -124,11 +127,12 @@ class _Walk:
             sources = [s for s in self.traffic.pieces(channel, rank) if s != rank]
             if not all((call, channel, s) in self.sent for s in sources):
                 return False
-            for source in sources:
+            for source in (*sources, rank):
                 np.maximum(knows, self.sent[call, channel, source], out=knows)
         knows[rank] = self.at[rank]
         if kind == PUT:
-            self.sent[call, channel, rank] = knows.copy()
+            np.maximum(self.beside[rank], knows, out=self.beside[rank])
+            self.sent[call, channel, rank] = self.beside[rank].copy()
         else:
             self.read[rank, self.at[rank]] = knows.copy()
         self.at[rank] += 1
@@ -137,6 +141,7 @@ class _Walk:
     def _may_put(self, rank: int, channel: int, call: int) -> bool:
         """Whether all credits are there; decides once per put which it needs, from what the rank knows so far."""
         mine = self.needed.setdefault((rank, channel), [])
+        np.maximum(self.beside[rank], self.known[rank], out=self.beside[rank])
         if (rank, self.at[rank]) not in self.asked:
             if not self._take(rank, call, mine):  # those of the first call, before more are asked for
                 return False
@@ -148,7 +153,7 @@ class _Walk:
                     if read is None or lag > call:
                         continue
                     event = (call - lag) * self.length + int(self.traffic.place[READ][reader, read])
-                    if self.known[rank, reader] < event:
+                    if self.beside[rank, reader] < event:
                         mine.append(Credit(reader, read, rank, channel, lag))
                         break  # of the same call, or there is none: it is later than any of the call before
             self.asked.add((rank, self.at[rank]))
@@ -164,7 +169,7 @@ class _Walk:
                 return False
             there.append(self.read[credit.reader, event])
         for knowledge in there:
-            np.maximum(self.known[rank], knowledge, out=self.known[rank])
+            np.maximum(self.beside[rank], knowledge, out=self.beside[rank])
         return True
 
 

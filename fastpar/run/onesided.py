@@ -79,9 +79,11 @@ class Attended:
     """A program that uses heaps, and says to them when a call begins and ends."""
 
     def __init__(self, runner: Callable[[list[Any]], Sequence[Any]], heaps: Sequence[Heap]) -> None:
-        self.runner, self.heaps = runner, list(heaps)
-        for heap in self.heaps:
+        self.runner = runner
+        self.heaps: list[Heap] = []
+        for heap in heaps:
             ops.register(heap.spec.name, heap)
+            self.heaps.append(heap)
 
     def __call__(self, args: list[Any]) -> Sequence[Any]:
         for heap in self.heaps:
