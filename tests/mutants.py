@@ -86,7 +86,7 @@ MUTANTS = (
         "            np.maximum(self.beside[rank], knowledge, out=self.beside[rank])\n",
         "            np.maximum(self.beside[rank], knowledge, out=self.beside[rank])\n"
         "            np.maximum(self.known[rank], knowledge, out=self.known[rank])\n",
-        onesided("overwrites"),
+        onesided("what_a_put_waits_for"),
     ),
     Mutant(
         "a flag of the call before will do", "backends/onesided/shared.py",

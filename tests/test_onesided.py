@@ -185,6 +185,27 @@ def test_every_credit_is_needed() -> None:
                 walk(traffic, dropped(order, number), random.Random(0), lazy=credit.reader)
 
 
+def test_what_a_put_waits_for_is_not_known_to_the_program_yet() -> None:
+    """Rank 0's put (channel 2) waits beside the program for rank 1 to have read channel 0. Meanwhile rank 0 reads
+    channel 1 and says so to rank 2: from which that one must not conclude that rank 1 has read."""
+    everyone = ((0, 1, 2),) * 3
+
+    def piece(source: int, to: int, size: int) -> tuple[tuple[int, ...], ...]:
+        return tuple(tuple(size * ((r, s) == (to, source)) for s in range(3)) for r in range(3))
+
+    sizes = (piece(2, 1, 512), piece(2, 0, 256), piece(0, 1, 256), piece(2, 0, 256), piece(2, 1, 256))
+    order = [(PUT, 0), (READ, 0), (PUT, 1), (PUT, 2), (READ, 1), (PUT, 3), (PUT, 4), (READ, 2), (READ, 3), (READ, 4)]
+    traffic = Traffic((tuple(order),) * 3, (everyone,) * 5, sizes)
+    slots = Slots((0, 512, 0, 512, 256), 768)  # 2 and 4 on halves of 0, 3 on 1
+    found = Order(slots, credits(traffic, slots), 0)
+    within = {(c.reader, c.read, c.writer, c.put): i for i, c in enumerate(found.credits) if c.lag == 0}
+    assert set(within) == {(1, 0, 0, 2), (0, 1, 2, 3), (1, 0, 2, 4)}
+    for seed in range(20):
+        walk(traffic, found, random.Random(seed), lazy=1)
+    with pytest.raises(Overwritten):
+        walk(traffic, dropped(found, within[1, 0, 2, 4]), random.Random(0), lazy=1)
+
+
 @st.composite
 def traffics(draw: st.DrawFn) -> Traffic:
     """Programs of exchanges among groups, some under way at once, with pieces of all sizes and none."""
