@@ -14,10 +14,13 @@ from torch import fx
 from torch._inductor.fx_passes.control_dependencies import preserve_node_ordering
 from torch.utils._ordered_set import OrderedSet
 
+from fastpar.ops.onesided import RECEIVES, put
+
 _C10D = torch.ops._c10d_functional
 STARTS = frozenset(
-    [_C10D.all_to_all_single.default, _C10D.all_gather_into_tensor.default, _C10D.all_reduce.default]
+    [_C10D.all_to_all_single.default, _C10D.all_gather_into_tensor.default, _C10D.all_reduce.default, put]
 )
+WAITS = frozenset([_C10D.wait_tensor.default, *RECEIVES])
 _HEAVY = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::convolution", "aten::_scaled_mm",
           "aten::_scaled_dot_product", "fastpar::attention", "fastpar::merge")  # fmt: skip
 
@@ -30,7 +33,7 @@ def anchors(graph: fx.Graph, compute: bool = True) -> list[fx.Node]:
         if node.target in STARTS:
             under_way.add(node)
             found.append(node)
-        elif node.target is _C10D.wait_tensor.default:
+        elif node.target in WAITS:
             under_way.discard(node.args[0])  # type: ignore[arg-type]
             found.append(node)
         elif compute and under_way and _is_heavy(node):

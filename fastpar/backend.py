@@ -29,6 +29,7 @@ from fastpar.run.build import Built, build
 from fastpar.run.capturing import capturing
 from fastpar.run.groups import check_device, group_of, need_group, process_groups, world
 from fastpar.run.hoisted import artefact_of
+from fastpar.run.onesided import one_sided
 from fastpar.run.origin import fields, origin
 from fastpar.run.stream import Dealt, ends_frame, frame_counter
 from fastpar.run.weights import Held, axes_held, is_shell, whole_examples
@@ -81,22 +82,30 @@ def finish(program: Program, options: Options, group: Any, last: bool = False, h
     built = build(
         program, options.plan, ranks, options.passes, dump, topology=options.topology, lowering=lowering, hold=hold
     )
-    given = fields(built, f"{lowering}, captured" if options.cudagraphs else lowering)
+    given = fields(built, f"{lowering}, captured" if options.cudagraphs else lowering, options.transport)
     agree(given, group, options.timeout)
     made = origin(given, built)
     dealt = (built.dealt,) if built.dealt else ()
     also = [*([dealt] if dealt else []), *axes_held(built.lowered)]
     groups = process_groups(built.lowered.graph, built.mesh, group, also)
+    localise: Callable[[Built], Program] = lambda b: b.localise(rank, groups)  # noqa: E731
+    compile = LOWERINGS[lowering]()
+    if options.cudagraphs:
+        compile = capturing(compile, device, options.timeout)
+    if options.transport == "one-sided":
+        sided, reason = one_sided(group, device, options.timeout)
+        if sided is not None:
+            localise, compile = sided.localise, sided.compile(compile)
+        else:
+            built.notes.append(f"two-sided, though transport is 'one-sided': {reason}")
+            log.warning("%s", built.notes[-1])
 
     def localised(built: Built) -> Program:
-        return replace(built.localise(rank, groups), origin=made)
+        return replace(localise(built), origin=made)
 
     local = localised(built)
     if dump is not None:
         dump(None, local, None, 0.0)
-    compile = LOWERINGS[lowering]()
-    if options.cudagraphs:
-        compile = capturing(compile, device, options.timeout)
     runner: Runner = artefact_of(local, compile, lambda varying: localised(built.hoisted_anew(varying)))
     if hold:
         runner = Held(runner, built.lowered, built.mesh, rank, groups)

@@ -540,5 +540,6 @@ def test_the_checksum_of_views_with_gaps_offsets_and_other_orders() -> None:
 @pytest.mark.distributed
 def test_on_two_processes() -> None:
     """A broadcast into the same tensor, LoRA, prompts that always change, calls that are dealt, weights in parts."""
-    printed = torchrun("ulysses=2", "tp=2+shards", "cfg=2", script="tests.scripts.generations", ranks=2)
-    assert printed.count("off by") == 6
+    plans = ["ulysses=2", "tp=2+shards", "cfg=2", "ulysses=2+one-sided", "tp=2+shards+one-sided"]
+    printed = torchrun(*plans, script="tests.scripts.generations", ranks=2)
+    assert printed.count("off by") == 2 * len(plans)

@@ -17,6 +17,7 @@ from torch import fx
 
 from fastpar.backends.pinned import STARTS
 from fastpar.graph.program import Program, source_line, target_name
+from fastpar.ops.onesided import put
 
 _READS = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 
@@ -72,7 +73,7 @@ def _stands_against(node: fx.Node, backend_of: Callable[[str], str]) -> str | No
         return None
     if any(tag in getattr(node.target, "tags", ()) for tag in _READS):
         return "gives what depends on values, which the host must read"
-    if node.target in STARTS:
+    if node.target in STARTS and node.target is not put:  # a put is copies and flags on a stream
         backend = backend_of(str(node.args[-1]))
         if backend not in CAPTURABLE:
             return f"runs over a group of backend {backend!r}; only those of {', '.join(CAPTURABLE)} can be captured"

@@ -5,7 +5,8 @@ is drawn from a seed; nothing but the program's own edges and waits orders anyth
 its start until the wait of a rank (by then all messages to it and from it have travelled, each at a random moment); a
 message takes what is in the send buffer at the moment when it leaves, and once all have left the send buffer is
 poisoned with NaN. So a dropped wait, a buffer that is written too early or read too late, and
-exchanges in different orders show in the results (or as a CheckError).
+exchanges in different orders show in the results (or as a CheckError). One-sided programs run here too (``sided``),
+and several calls one behind the other, without a barrier in between.
 
 Integers, which have no NaN, are poisoned with their largest value.
 """
@@ -20,10 +21,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from fastpar.backends.simulate.lockstep import attribute, last_uses, own_inputs, reduce_terms
+from fastpar.backends.simulate.lockstep import attribute, last_uses, own_inputs
+from fastpar.backends.simulate.sided import Heaps, Message
 from fastpar.core.errors import CheckError
 from fastpar.core.mesh import Mesh
 from fastpar.graph.program import Program
+from fastpar.ops.collectives import reduce_terms
+from fastpar.ops.onesided import is_onesided, put
 
 _C10D = torch.ops._c10d_functional
 _KINDS = {
@@ -38,7 +42,12 @@ def run_interleaved(programs: Sequence[Program], args: Sequence[Any], seed: int)
 
     Raises CheckError where the ranks of a group start different exchanges, or wait for one that never comes.
     """
-    return _World(programs, args, random.Random(seed)).run()
+    return run_calls(programs, [args], seed)[0]
+
+
+def run_calls(programs: Sequence[Program], calls: Sequence[Sequence[Any]], seed: int) -> list[list[tuple[Any, ...]]]:
+    """The same for several calls in a row, [call][rank]: a rank starts its next call when its last is over."""
+    return _World(programs, calls, random.Random(seed)).run()
 
 
 def poison(x: torch.Tensor) -> torch.Tensor:
@@ -62,41 +71,54 @@ class _Exchange:
 
 
 class _World:
-    def __init__(self, programs: Sequence[Program], args: Sequence[Any], draw: random.Random) -> None:
+    def __init__(self, programs: Sequence[Program], calls: Sequence[Sequence[Any]], draw: random.Random) -> None:
         self.mesh: Mesh = programs[0].mesh
         self.draw = draw
-        self.ranks = [_Rank(r, p, own_inputs(p, args, r)) for r, p in enumerate(programs)]
+        self.ranks = [_Rank(r, p, [own_inputs(p, args, r) for args in calls]) for r, p in enumerate(programs)]
+        self.heaps = Heaps(list(programs[0].gm.meta.get("heaps", {}).values()), len(programs))
         self.exchanges: dict[tuple[tuple[int, ...], int], _Exchange] = {}
         self.started: list[dict[tuple[int, ...], int]] = [{} for _ in programs]
         self.of: list[dict[fx.Node, _Exchange]] = [{} for _ in programs]
 
-    def run(self) -> list[tuple[Any, ...]]:
-        while any(r.outputs is None for r in self.ranks):
-            steps: list[Any] = [r for r in self.ranks if r.outputs is None and self._can(r)]
+    def run(self) -> list[list[tuple[Any, ...]]]:
+        while not all(r.over for r in self.ranks):
+            steps: list[Any] = [r for r in self.ranks if not r.over and self._can(r)]
             steps += [(e, message) for e in self.exchanges.values() for message in e.left]
+            steps += self.heaps.under_way
             if not steps:
-                stuck = [r.rank for r in self.ranks if r.outputs is None]
+                stuck = [r.rank for r in self.ranks if not r.over]
                 raise CheckError(f"ranks {stuck} wait for exchanges that others never start")
             step = self.draw.choice(steps)
             if isinstance(step, _Rank):
                 # several nodes in a row: a rank that is ahead of the others is as likely as one that keeps pace
                 for _ in range(self.draw.randint(1, 12)):
-                    if step.outputs is None and self._can(step):
+                    if not step.over and self._can(step):
                         self._advance(step)
+            elif isinstance(step, Message):
+                gone = self.heaps.travel(step)
+                if gone is not None:
+                    poison(gone)
             else:
                 self._travel(*step)
-        return [r.outputs for r in self.ranks if r.outputs is not None]
+        return [[r.outputs[call] for r in self.ranks] for call in range(len(self.ranks[0].outputs))]
 
     def _can(self, rank: _Rank) -> bool:
         node = rank.node
         if node.target is _C10D.wait_tensor.default:
             exchange = self.of[rank.rank].get(node.args[0])  # type: ignore[arg-type]
             return exchange is None or rank.rank in exchange.done
-        return True
+        return not is_onesided(node) or self.heaps.can(node, rank.rank, rank.call)
 
     def _advance(self, rank: _Rank) -> None:
         if rank.node.target in _KINDS:
             self._start(rank)
+        elif rank.node.target is put:
+            x = rank.arguments(rank.node)[0]
+            self.heaps.start(rank.node, x, rank.rank, rank.call)
+            rank.give(x.new_empty(1, dtype=torch.uint8))
+        elif is_onesided(rank.node):
+            sent = rank.arguments(rank.node)[1]
+            rank.give(self.heaps.receive(rank.node, sent, rank.rank, rank.call))
         else:
             rank.step()
 
@@ -146,16 +168,28 @@ class _World:
 
 
 class _Rank:
-    """One rank on its way through its program."""
+    """One rank on its way through its program, once per call."""
 
-    def __init__(self, rank: int, program: Program, args: list[Any]) -> None:
-        self.rank, self.program = rank, program
-        self.env: dict[fx.Node, Any] = {}
-        self.queue = iter(args)
+    def __init__(self, rank: int, program: Program, calls: list[list[Any]]) -> None:
+        self.rank, self.program, self.calls = rank, program, calls
         self.nodes = list(program.graph.nodes)
-        self.at = 0
         self.last = last_uses(program.graph)
-        self.outputs: tuple[Any, ...] | None = None
+        self.outputs: list[tuple[Any, ...]] = []
+        self._begin()
+
+    def _begin(self) -> None:
+        self.env: dict[fx.Node, Any] = {}
+        self.queue = iter(self.calls[len(self.outputs)])
+        self.at = 0
+
+    @property
+    def call(self) -> int:
+        """Number of the call that it is in, from 1."""
+        return len(self.outputs) + 1
+
+    @property
+    def over(self) -> bool:
+        return len(self.outputs) == len(self.calls)
 
     @property
     def node(self) -> fx.Node:
@@ -180,7 +214,9 @@ class _Rank:
         elif node.op == "get_attr":
             self.give(attribute(self.program.gm, str(node.target)))
         elif node.op == "output":
-            self.outputs = tuple(fx.map_arg(node.args[0], lambda n: self.env[n]))  # type: ignore[arg-type]
+            self.outputs.append(tuple(fx.map_arg(node.args[0], lambda n: self.env[n])))  # type: ignore[arg-type]
+            if not self.over:
+                self._begin()
         elif node.target is _C10D.wait_tensor.default:
             self.give(self.env[node.args[0]])  # type: ignore[index]
         else:
@@ -188,4 +224,4 @@ class _Rank:
             self.give(node.target(*self.arguments(node), **kwargs))  # type: ignore[operator]
 
 
-__all__ = ["poison", "run_interleaved"]
+__all__ = ["poison", "run_calls", "run_interleaved"]

@@ -19,7 +19,16 @@ from fastpar.core.layout import Dim, Layout
 from fastpar.core.mesh import Mesh
 from fastpar.graph.program import Program
 from fastpar.ops.alone import alone, alone_across
-from fastpar.ops.collectives import all_gather, all_reduce, all_to_all, axes_of, exchange_across, layouts_of, local
+from fastpar.ops.collectives import (
+    all_gather,
+    all_reduce,
+    all_to_all,
+    axes_of,
+    exchange_across,
+    layouts_of,
+    local,
+    reduce_terms,
+)
 from fastpar.ops.join import join, join_across
 from fastpar.ops.redistribute import across, redistribute, take
 from fastpar.ops.ring import attention_lse, merge, redistribute_all
@@ -143,15 +152,6 @@ def _all_reduce(node: fx.Node, env: dict[fx.Node, list[Any]], mesh: Mesh) -> lis
     axes, op = axes_of(node, mesh), str(node.args[1])
     several = [env[x] for x in node.args[0]]  # type: ignore[union-attr]
     return [[reduce_terms([v[m] for m in mesh.group(r, axes)], op) for v in several] for r in range(mesh.ranks)]
-
-
-def reduce_terms(terms: Sequence[torch.Tensor], op: str) -> torch.Tensor:
-    """Terms of an all-reduce in rank order, so that every rank gets the same bits."""
-    combine = {"sum": torch.add, "max": torch.maximum, "min": torch.minimum}[op]
-    out = terms[0]
-    for term in terms[1:]:
-        out = combine(out, term)
-    return out.clone() if len(terms) == 1 else out
 
 
 def _alone(node: fx.Node, env: dict[fx.Node, list[Any]], mesh: Mesh) -> list[Any]:
@@ -294,4 +294,4 @@ def last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
     return last
 
 
-__all__ = ["run_global", "run_local", "reduce_terms"]
+__all__ = ["run_global", "run_local"]

@@ -21,6 +21,7 @@ from fastpar.cli.options import (
     Streams,
     Topology,
     TraceFile,
+    Transport,
 )
 
 
@@ -30,6 +31,7 @@ def explain(
     plan: PlanText = "auto",
     ranks: Ranks = None,
     topology: Topology = None,
+    transport: Transport = "two-sided",
     inputs: InputsFrom = None,
     input: Input = None,
     fake: Fake = False,
@@ -55,7 +57,8 @@ def explain(
 
     loaded = load(model, inputs, input or (), dtype, seed, fake, component)
     report = run(captured(loaded), plan=plan, ranks=ranks, passes=passes, topology=topology,
-                 timeline=bool(trace or picture), steps=steps, streams=streams)  # fmt: skip
+                 timeline=bool(trace or picture), steps=steps, streams=streams,
+                 transport=transport)  # fmt: skip
     if json is None or str(json) != "-":
         show_report(report)
     if json is not None:

@@ -20,6 +20,9 @@ PlanText = Annotated[str, typer.Option("--plan", help="A plan, as in ulysses=4; 
 Ranks = Annotated[
     int | None, typer.Option("--ranks", min=1, help="Number of virtual ranks, where the plan does not say.")
 ]
+Transport = Annotated[
+    str, typer.Option("--transport", help="How exchanges travel: two-sided, or one-sided (puts and flags).")
+]
 Topology = Annotated[
     str | None,
     typer.Option(

@@ -18,6 +18,7 @@ from fastpar.cli.options import (
     Ranks,
     Seed,
     Topology,
+    Transport,
 )
 
 
@@ -31,6 +32,7 @@ def verify(
     dtype: Dtype = None,
     passes: Passes = None,
     topology: Topology = None,
+    transport: Transport = "two-sided",
     component: Component = None,
     seed: Seed = 0,
     json: JsonFile = None,
@@ -51,7 +53,9 @@ def verify(
     loaded = load(model, inputs, input or (), dtype, seed, component=component)
     if fake_mode_of(loaded.model, loaded.inputs) is not None:
         raise OptionError("verify runs the model, and this one is on fake tensors; explain can plan it")
-    report = run(captured(loaded), plan=plan, ranks=ranks, passes=passes, topology=topology)
+    report = run(
+        captured(loaded), plan=plan, ranks=ranks, passes=passes, topology=topology, transport=transport
+    )
     if json is None or str(json) != "-":
         show_verdict(report)
     if json is not None:

@@ -14,6 +14,7 @@ from fastpar.core.plan import Plan
 from fastpar.core.text import parse_terms, unknown
 
 LOWERINGS = ("inductor", "eager")
+TRANSPORTS = ("two-sided", "one-sided")
 DEFAULT_TIMEOUT = 60.0
 _TIMEOUT = "FASTPAR_TIMEOUT"
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
@@ -25,16 +26,18 @@ class Options:
 
     ``plan`` is a ``Plan``; ``mesh`` a ``DeviceMesh`` or a process group (``None``: the world); ``topology``
     a preset's name or a file; ``lowering`` one of ``LOWERINGS`` (``None``: ``inductor`` on CUDA, ``eager`` on
-    the CPU); ``cudagraphs`` whether the step is captured; ``passes`` the text of a pipeline that replaces the
-    plan's own; ``dump`` a folder for the graph after every pass; ``verify`` whether every compiled graph is
-    compared with eager. ``timeout`` is how many seconds ranks wait for each other while compiling; it comes
-    from ``FASTPAR_TIMEOUT`` only, since it belongs to the machine and not to the model.
+    the CPU); ``transport`` one of ``TRANSPORTS``, how exchanges travel; ``cudagraphs`` whether the step is
+    captured; ``passes`` the text of a pipeline that replaces the plan's own; ``dump`` a folder for the graph
+    after every pass; ``verify`` whether every compiled graph is compared with eager. ``timeout`` is how many
+    seconds ranks wait for each other while compiling, and for a one-sided message; it comes from
+    ``FASTPAR_TIMEOUT`` only, since it belongs to the machine and not to the model.
     """
 
     plan: Plan = field(default_factory=lambda: Plan(auto=True))
     mesh: Any = None
     topology: str | None = None
     lowering: str | None = None
+    transport: str = "two-sided"
     cudagraphs: bool = False
     passes: str | None = None
     dump: str | None = None
@@ -124,6 +127,12 @@ def _lowering(value: Any) -> str:
     raise OptionError(unknown("lowering", str(value), LOWERINGS))
 
 
+def _transport(value: Any) -> str:
+    if value in TRANSPORTS:
+        return str(value)
+    raise OptionError(unknown("transport", str(value), TRANSPORTS))
+
+
 def _bool(value: Any) -> bool:
     if isinstance(value, bool):
         return value
@@ -159,6 +168,7 @@ _CHECKS: Mapping[str, Callable[[Any], Any]] = MappingProxyType(
         "mesh": _mesh,
         "topology": _path,
         "lowering": _lowering,
+        "transport": _transport,
         "cudagraphs": _bool,
         "passes": _pipeline,
         "dump": _path,

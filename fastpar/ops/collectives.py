@@ -165,6 +165,15 @@ torch.library.register_fake("fastpar::pack", _pack_fake, lib=_LIB)
 torch.library.register_fake("fastpar::unpack", _unpack_fake, lib=_LIB)
 
 
+def reduce_terms(terms: Sequence[torch.Tensor], op: str) -> torch.Tensor:
+    """Terms of an all-reduce in rank order, so that every rank gets the same bits."""
+    combine = {"sum": torch.add, "max": torch.maximum, "min": torch.minimum}[op]
+    out = terms[0]
+    for term in terms[1:]:
+        out = combine(out, term)
+    return out.clone() if len(terms) == 1 else out
+
+
 # -- one rank's side of an exchange -----------------------------------------------------------
 
 

@@ -17,10 +17,10 @@ from fastpar.run.build import Built
 PACKAGES = (Path(__file__).parents[1], Path(fastpar.passes.__path__[0]), Path(fastpar.backends.__path__[0]))
 
 
-def fields(built: Built, lowering: str) -> dict[str, str]:
+def fields(built: Built, lowering: str, transport: str = "two-sided") -> dict[str, str]:
     """What ranks must have in common, most telling first: a mismatch is reported by the first that differs.
 
-    ``lowering`` says how the program is run, captured or not.
+    ``lowering`` says how the program is run, captured or not; ``transport`` is the option.
     """
     inputs = ", ".join(
         f"{i.name}: {str(v.dtype).removeprefix('torch.')}{list(v.shape)}"
@@ -33,6 +33,7 @@ def fields(built: Built, lowering: str) -> dict[str, str]:
         "pipeline": str(built.pipeline),
         "mesh": str(built.mesh),
         "lowering": lowering,
+        "transport": transport,
         "inputs": inputs,
         "graph": built.captured.hash(),
         "program": built.lowered.hash(),

@@ -17,9 +17,12 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from fastpar.backends.simulate import run_local
+from fastpar.backends.onesided.rewrite import planned, rewrite, said
+from fastpar.backends.simulate import run_calls, run_local
 from fastpar.core.errors import FastparError, OptionError
+from fastpar.core.options import TRANSPORTS
 from fastpar.core.plan import Plan
+from fastpar.core.text import unknown
 from fastpar.graph import roofline
 from fastpar.graph.capture import Captured, Inputs, Recorded, call_arguments, capture, compile_fx
 from fastpar.graph.check import check_order
@@ -53,12 +56,14 @@ def verify(
     ranks: int | None = None,
     passes: str | None = None,
     topology: str | None = None,
+    transport: str = "two-sided",
 ) -> Report:
     """Prove that the N ranks' programs of ``model`` together compute what eager computes.
 
     ``model`` is a module or function with ``inputs`` (a dict, a tuple, or a callable giving one),
     or a ``Captured``, so that one capture serves many plans. With ``topology`` (a preset's name or a
-    TOML file) the plan's axes lie as they would there. Returns a Report whose ``ok`` says whether
+    TOML file) the plan's axes lie as they would there. With ``transport="one-sided"`` it is the one-sided programs that
+    run, in one random interleaving, two calls in a row. Returns a Report whose ``ok`` says whether
     every output of every rank is within tolerance and the same bits on all ranks; given a model,
     also whether the captured graphs give what the model itself gives.
     """
@@ -71,7 +76,8 @@ def verify(
     for recorded in captured.programs:
         built = build(recorded.program, plan, ranks, passes, topology=topology)
         part = _explained(built)
-        _compare(built, recorded, part, ranks, passes, double)
+        part.notes += _transported(built, transport)
+        _compare(built, recorded, part, ranks, passes, double, transport)
         report = part if report is None else _join(report, part)
     report = _nothing(report)
     if strayed is not None:
@@ -91,6 +97,7 @@ def explain(
     timeline: bool = False,
     steps: int | None = None,
     streams: int = 1,
+    transport: str = "two-sided",
 ) -> Report:
     """What a plan would do to ``model``: shares, collectives, bytes, fallbacks; nothing is run.
 
@@ -98,7 +105,8 @@ def explain(
     TOML file) adds the predicted time, what other plans would take, and what every rank does when
     (``Report.timeline``); with ``timeline`` also of programs that take the clock minutes. With ``steps`` it adds what
     a sampling run of so many takes that calls the model ``streams`` times in each (``Report.generation``), and the
-    timeline is that of its first two steps. Raises OptionError for ``steps`` without a topology.
+    timeline is that of its first two steps. ``transport="one-sided"`` adds what that takes to the notes. Raises
+    OptionError for ``steps`` without a topology.
     """
     if steps is not None and topology is None:
         raise OptionError("what a generation takes needs a topology: a preset or a TOML file")
@@ -107,6 +115,7 @@ def explain(
     for recorded in captured.programs:
         built = build(recorded.program, plan, ranks, passes, verify_structure=verify_structure, topology=topology)
         part = _explained(built, _Play(timeline, steps, streams))
+        part.notes += _transported(built, transport)
         report = part if report is None else _join(report, part)
     return _nothing(report)
 
@@ -381,7 +390,13 @@ def _weighted(shares: tuple[float, float], weights: tuple[float, float]) -> floa
 
 
 def _compare(
-    built: Built, recorded: Recorded, report: Report, ranks: int | None, passes: str | None, double: bool
+    built: Built,
+    recorded: Recorded,
+    report: Report,
+    ranks: int | None,
+    passes: str | None,
+    double: bool,
+    transport: str,
 ) -> None:
     program, args = recorded.program, list(recorded.args)
     promoted, exact_args, exact = float64_reference(recorded)
@@ -393,7 +408,7 @@ def _compare(
             eager, args = exact, exact_args
         else:
             eager = tuple(program.gm(*args))
-        results = _simulated(built, args)
+        results = _simulated(built, args, transport)
     _finite(exact, report)
     eps = [torch.finfo(x.dtype).eps if isinstance(x, torch.Tensor) and x.is_floating_point() else 0.0 for x in eager]
     bounds = [FLOAT64_TOLERANCE] * len(eager)
@@ -460,10 +475,23 @@ def _in_double(captured: Captured) -> bool:
     return floats.get("parameter", floats.get("user")) in (None, {torch.float64})
 
 
-def _simulated(built: Built, args: list[Any]) -> list[tuple[Any, ...]]:
+def _simulated(built: Built, args: list[Any], transport: str) -> list[tuple[Any, ...]]:
     programs = [built.localise(r) for r in range(built.mesh.ranks)]
     check_order(programs)
-    return run_local(programs, args)
+    if transport == "two-sided":
+        return run_local(programs, args)
+    heaps = planned(programs, "verify")
+    sided = [rewrite(p, r, heaps) for r, p in enumerate(programs)]
+    return run_calls(sided, [args, args], seed=0)[1]  # the second call finds what the first left in the heaps
+
+
+def _transported(built: Built, transport: str) -> list[str]:
+    """What a transport takes, for the notes. Raises OptionError for one that there is not."""
+    if transport not in TRANSPORTS:
+        raise OptionError(unknown("transport", transport, TRANSPORTS))
+    if transport == "two-sided":
+        return []
+    return [said(planned([built.localise(r) for r in range(built.mesh.ranks)], "explain"))]
 
 
 def outputs_of(value: Any) -> list[torch.Tensor]:

@@ -1,7 +1,8 @@
 """Hoisted values on real processes: what changes between the calls of a sampler, and results that stay right.
 
-Run by torchrun with plans as arguments. Prints per rank and plan how far the worst result is from eager's and which
-programs ran; exits non-zero where a result is wrong, ranks differ, or a prologue ran more or less often than it must.
+Run by torchrun with plans as arguments (``+shards``: weights in parts; ``+one-sided``). Prints per rank and plan how
+far the worst result is from eager's and which programs ran; exits non-zero where a result is wrong, ranks differ, or a
+prologue ran more or less often than it must.
 """
 
 from __future__ import annotations
@@ -40,13 +41,13 @@ MAKE = backend.artefact_of
 class Sampler:
     """The compiled model beside the model; every call is compared, on this rank and between ranks."""
 
-    def __init__(self, plan: str, shards: bool) -> None:
+    def __init__(self, plan: str, shards: bool, transport: str) -> None:
         torch.manual_seed(0)
         self.model = Denoiser(refine=True).double().eval().requires_grad_(False)
         other = Denoiser(refine=True).double().eval().requires_grad_(False)
         other.load_state_dict(self.model.state_dict())
         torch._dynamo.reset()
-        self.compiled = torch.compile(other, backend="fastpar", options={"plan": plan})
+        self.compiled = torch.compile(other, backend="fastpar", options={"plan": plan, "transport": transport})
         self.other, self.shards = other, fastpar.shard_weights(other) if shards else None
         self.worst, self.digest = 0.0, hashlib.sha256()
 
@@ -72,8 +73,9 @@ def took(**expected: int) -> bool:
 
 
 def run(plan: str) -> bool:
-    name, shards = plan.removesuffix("+shards"), plan.endswith("+shards")
-    mine = Sampler(name, shards)
+    name, *more = plan.split("+")
+    shards = "shards" in more
+    mine = Sampler(name, shards, "one-sided" if "one-sided" in more else "two-sided")
     x, t = sample()
     ps = [prompt(1, 7), prompt(2, 7)]
     share = 2 if name == "cfg=2" else 1  # separate calls are dealt: a rank runs every other one
