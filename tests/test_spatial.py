@@ -55,6 +55,61 @@ def test_convolutions_over_split_rows(options: dict, ranks: int) -> None:
     assert not report.fallbacks, report.fallbacks
 
 
+class Spatial(nn.Module):
+    """Tokens -> attention -> rows -> any operator over rows -> rows."""
+
+    def __init__(self, inner: nn.Module, spatial: int) -> None:
+        super().__init__()
+        self.proj, self.inner, self.spatial = nn.Linear(8, 8), inner, spatial
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        b, rows = x.shape[0], x.shape[1 : 1 + self.spatial]
+        x = self.proj(x.flatten(1, self.spatial))
+        q = x.view(b, -1, 2, 4).transpose(1, 2)
+        x = x + torch.nn.functional.scaled_dot_product_attention(q, q, q).transpose(1, 2).reshape(b, -1, 8)
+        return self.inner(x.view(b, *rows, 8).movedim(-1, 1)).sin()
+
+
+class Codebook(nn.Module):
+    """Distances of rows to the entries of a codebook, as vector quantisation has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.book = nn.Parameter(torch.randn(30, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cdist(x.movedim(1, -1).flatten(0, -2), self.book)
+
+
+WINDOWS = {
+    "transposed, kernel 4, stride 2": (nn.ConvTranspose2d(8, 6, 4, 2, 1), 2),
+    "transposed, kernel 3, stride 2, output padding": (nn.ConvTranspose2d(8, 6, 3, 2, 1, output_padding=1), 2),
+    "transposed, groups, no bias": (nn.ConvTranspose2d(8, 12, (4, 3), (2, 3), groups=2, bias=False), 2),
+    "transposed, stride above kernel": (nn.ConvTranspose2d(8, 6, 2, 3, output_padding=2), 2),
+    "transposed, stride 1": (nn.ConvTranspose2d(8, 6, 3, 1, 1), 2),
+    "transposed, one dimension": (nn.ConvTranspose1d(8, 6, 8, 4, 2), 1),
+    "transposed, three dimensions": (nn.ConvTranspose3d(8, 6, (3, 4, 4), (1, 2, 2), 1), 3),
+    "average pool": (nn.AvgPool2d(2), 2),
+    "average pool, windows that overlap": (nn.AvgPool2d(3, 2), 2),
+    "average of all": (nn.AdaptiveAvgPool2d(1), 2),
+    "replicated rows": (nn.Sequential(nn.ReplicationPad2d((1, 2, 2, 1)), nn.Conv2d(8, 6, 3)), 2),
+    "replicated frames": (nn.Sequential(nn.ReplicationPad3d((1, 1, 1, 1, 2, 0)), nn.Conv3d(8, 6, 3)), 3),
+    "distances": (Codebook(), 2),
+}
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 5])
+@pytest.mark.parametrize("name", WINDOWS)
+def test_windows_of_all_kinds_over_split_rows(name: str, ranks: int) -> None:
+    inner, spatial = WINDOWS[name]
+    torch.manual_seed(0)
+    model = Spatial(inner, spatial).double().eval().requires_grad_(False)
+    x = torch.randn(2, *(9, 6, 4)[:spatial], 8, dtype=torch.float64)
+    report = fastpar.verify(model, (x,), plan=f"gather={ranks}")
+    assert report.ok, report.diverged_at
+    assert not report.fallbacks, report.fallbacks
+
+
 class Causal(nn.Module):
     def __init__(self) -> None:
         super().__init__()

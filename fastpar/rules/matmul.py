@@ -36,6 +36,13 @@ def _baddbmm(call: Call) -> Factors:
     return Factors((bias, ("b", "m", "k"), ("b", "k", "n")), (("b", "m", "n"),), whole={"k": _BIAS})
 
 
+def _distances(call: Call) -> Factors:
+    """_euclidean_dist(x [*B, m, k], y [*B, n, k]): rows against rows."""
+    lead = tuple(f"b{i}" for i in range(len(call.shape) - 2))
+    operands = ((*lead, "m", "k"), (*lead, "n", "k"))
+    return Factors(operands, ((*lead, "m", "n"),), whole={"k": "a distance is the root of a sum over all of a row"})
+
+
 def _mv(call: Call) -> Factors:
     return Factors((("m", "k"), ("k",)), (("m",),), reduced={"k": "sum"})
 
@@ -72,6 +79,7 @@ register(["aten::mm", "aten::_int_mm"], FactorRule(_mm))
 register("aten::bmm", FactorRule(_bmm))
 register(["aten::addmm", "aten::_addmm_activation"], FactorRule(_addmm))
 register("aten::baddbmm", FactorRule(_baddbmm))
+register("aten::_euclidean_dist", FactorRule(_distances))
 register("aten::mv", FactorRule(_mv))
 register(["aten::dot", "aten::vdot"], FactorRule(_dot))
 register("aten::linear", FactorRule(_linear))

@@ -22,7 +22,7 @@ from fastpar.core.mesh import Mesh
 from fastpar.ops.redistribute import redistribute
 from fastpar.rules import Call, rule_for
 from fastpar.rules.spatial import CONVOLUTION, GroupNormRule, contracts, pad_arguments, padded
-from fastpar.sharding import expand_reduce, expand_rows
+from fastpar.sharding import expand_reduce, expand_rows, expand_spatial
 
 Written = Callable[..., Any]  # takes the operator's own arguments
 aten = torch.ops.aten
@@ -56,6 +56,8 @@ def traced(call: Call, written: Written) -> fx.Graph:
 
 
 def _convolution(call: Call, layouts: Sequence[Layout], mesh: Mesh) -> Written | None:
+    if call.arg(6, "transposed"):
+        return expand_spatial.transposed(call, layouts, mesh)
     layout = layouts[0].summed()
     pads = CONVOLUTION.padding(call, layout)
     if any(padded(d, n, n) is None for d, n in zip(layout.dims, pads, strict=True)):
@@ -148,6 +150,7 @@ def _causal(call: Call, layouts: Sequence[Layout], mesh: Mesh) -> Written | None
 _TABLE: dict[str, Callable[[Call, Sequence[Layout], Mesh], Written | None]] = {
     **expand_reduce.TABLE,
     **expand_rows.TABLE,
+    **expand_spatial.TABLE,
     "aten::convolution": _convolution,
     "aten::native_group_norm": _group_norm,
     "aten::addmm": _addmm,
