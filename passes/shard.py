@@ -69,7 +69,7 @@ class Shard(Pass):
         """Seeds of the batch. Without one the axis splits nothing inside a call: whole calls are dealt along it."""
         candidate = find_batch(program.graph)
         if candidate is not None:
-            seeds = [(seed, ("cfg",)) for seed in candidate.seeds]
+            seeds: list[tuple[Seed, tuple[str, ...]]] = [(seed, ("cfg",)) for seed in candidate.seeds]
             # first dimensions that an attention mixes are tokens of a model that has no batch
             if not split_keys(Inserter(program.graph, ctx.mesh, seeds).run().graph):
                 return seeds

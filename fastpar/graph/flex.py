@@ -56,8 +56,10 @@ def replace_flex(gm: fx.GraphModule, node: fx.Node) -> list[str]:
             written_out(**call, **form)
     except Exception as error:  # functions of the user's: anything may go wrong in them
         reason = " ".join(str(error).split())[:200]
-        return [f"flex_attention at {where} stays one operator, which runs whole on every rank: its mask_mod and "
-                f"score_mod cannot be evaluated over all places at once ({type(error).__name__}: {reason})"]  # fmt: skip
+        return [
+            f"flex_attention at {where} stays one operator, which runs whole on every rank: its mask_mod and score_mod "
+            f"cannot be evaluated over all places at once ({type(error).__name__}: {reason})"
+        ]
     if form["slope"] is None:
         notes.append(
             f"flex_attention at {where} is written out as scores, softmax and product, whose keys are gathered: its "
@@ -103,7 +105,7 @@ def written_out(
         dtype = torch.get_autocast_dtype(device)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     with torch.autocast(device, enabled=False):
-        batch, heads, rows, keys = *query.shape[:3], key.shape[2]
+        (batch, heads, rows), keys = query.shape[:3], key.shape[2]
         key, value = (x.expand(batch, *x.shape[1:]) for x in (key, value))
         wide = torch.float64 if query.dtype == torch.float64 else torch.float32
         sizes = (batch, heads, rows, keys)
@@ -118,8 +120,10 @@ def written_out(
 
         out = lse = top = None
         if slope is not None:
-            grouped = key.shape[1] != heads
-            out = attention(query, key, value, mask, False, float(scale * slope), grouped)
+            # a bias that does not fit into the queries' dtype is added to scores that are as wide as it is
+            dtype = wide if bias is not None and bias.dtype != query.dtype else query.dtype
+            q, k, v = query.to(dtype), key.to(dtype), value.to(dtype)
+            out = attention(q, k, v, mask, False, float(scale * slope), key.shape[1] != heads).to(query.dtype)
         if out is None or more:
             key, value = (_heads(x, heads).to(wide) for x in (key, value))
             scores = query.to(wide) @ key.transpose(-1, -2) * scale
@@ -196,25 +200,34 @@ def _form(score_mod: fx.GraphModule, mask_mod: fx.GraphModule, values: dict[str,
         place = [torch.zeros((), dtype=torch.int64, device=query.device) for _ in range(4)]
         score = torch.zeros((), device=query.device, dtype=torch.promote_types(query.dtype, torch.float32))
         scores = make_fx(score_mod)(score, *place, *values.get("score_mod_other_buffers", ()))
+        shown = make_fx(mask_mod)(*place, *values.get("mask_mod_other_buffers", ()))
     reader = _ScoreMod(scores)
     slope = reader.slope(scores.graph.output_node().args[0])
     return {
         "slope": slope,
         "biased": reader.biased,
         "narrow": len(reader.terms) == 1 and reader.terms[0] == query.dtype,
-        "masked": not _shows_all(mask_mod),
+        "masked": not _shows_all(shown),
         "more": more,
     }
 
 
+_FILLED = {aten.new_ones.default, aten.ones_like.default, aten.new_full.default, aten.full_like.default}
+
+
 def _shows_all(mask_mod: fx.GraphModule) -> bool:
-    """Whether a ``mask_mod`` reads nothing and is true."""
-    if any(node.users for node in mask_mod.graph.find_nodes(op="placeholder")[4:]):
+    """Whether a traced ``mask_mod`` depends on no place and no captured tensor, and is true."""
+    depends: set[fx.Node] = set()
+    for node in mask_mod.graph.nodes:
+        if node.op == "placeholder" or (node.target not in _FILLED and any(n in depends for n in node.all_input_nodes)):
+            depends.add(node)
+    if mask_mod.graph.output_node() in depends:
         return False
-    if any(user.op == "call_function" for node in mask_mod.graph.find_nodes(op="placeholder")[:4] for user in node.users):
-        return False
+    mask_mod.graph.eliminate_dead_code()
+    mask_mod.recompile()
+    given = len(mask_mod.graph.find_nodes(op="placeholder"))
     with unset_fake_temporarily(), torch.no_grad():
-        return bool(mask_mod(*[torch.zeros((), dtype=torch.int64)] * 4))
+        return bool(mask_mod(*[torch.zeros((), dtype=torch.int64)] * given))
 
 
 class _ScoreMod:

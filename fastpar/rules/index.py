@@ -88,6 +88,9 @@ class IndexRule(Rule):
             return super().decide(call, layouts, mesh)
         return FactorRule(self._names).decide(call, layouts, mesh)
 
+    def operands_for(self, call: Call, want: Layout) -> tuple[Layout, ...] | None:
+        return None if any(map(_is_mask, call.args[1])) else FactorRule(self._names).operands_for(call, want)
+
     def back(self, call: Call, pos: Pos) -> list[tuple[int, Pos]]:
         # rows of an index tensor are rows of the result, but splitting starts at the result:
         # an index is cheap, the table's rows are what costs

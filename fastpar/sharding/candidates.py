@@ -6,7 +6,8 @@ value is a **seed**, the earliest place where a whole value can be cut into part
 seeds found from the same attentions is a **candidate**; factorised attention (space, then
 time) gives several, and the shard pass chooses by predicted cost.
 
-A program without attention is split along its largest dimension that is no channel.
+A program without attention is split along the rows of its largest softmax, which is an attention that is written out,
+or else along the rows of its heaviest product.
 """
 
 from __future__ import annotations
@@ -171,8 +172,22 @@ def _work(attention: fx.Node) -> int:
     return math.prod(attention.meta["val"].shape) * int(shape[-2])
 
 
+def _is_softmax(call: Call) -> bool:
+    """Over the columns of a matrix of scores."""
+    if call.name not in ("aten::_softmax", "aten::_safe_softmax") or len(call.shape) < 3 or call.shape[-2] < 2:
+        return False
+    return bool(call.arg(1, "dim") % len(call.shape) == len(call.shape) - 1)
+
+
 def _without_attention(graph: fx.Graph, walk: Walk) -> list[Candidate]:
-    """Rows of the heaviest product, else of the largest value: there is no attention to start from."""
+    """Rows of the largest softmax over scores, else of the heaviest product: there is no attention to start from."""
+    scores = [n for n in graph.nodes if n.op == "call_function" and _is_softmax(walk.call(n))]
+    if scores:
+        largest = max(scores, key=lambda n: math.prod(walk.call(n).shape))
+        shape = walk.call(largest).shape
+        seeds = walk.seeds(largest, Pos(len(shape) - 2, 1, shape[-2], 1))
+        if seeds:
+            return [Candidate(tuple(seeds), ())]
     best: tuple[int, fx.Node, Pos] | None = None
     for node in graph.nodes:
         value = node.meta.get("val")
