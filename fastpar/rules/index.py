@@ -37,6 +37,16 @@ def _index_select(call: Call) -> Factors:
     return Factors((table, index), (names,), whole={"v": _ANY_ROW})
 
 
+def _index_copy(call: Call) -> Factors:
+    """(x, dim, index, source) -> x with the rows ``index`` of dimension ``dim`` those of source"""
+    d = call.arg(1, "dim") % max(1, len(call.shape))
+    names = tuple(f"d{i}" for i in range(len(call.shape)))
+    x = tuple("v" if i == d else n for i, n in enumerate(names))
+    source = tuple("s" if i == d else n for i, n in enumerate(names)) if len(call.shapes[2]) else ()
+    index = ("s",) if len(call.shapes[1]) else ()
+    return Factors((x, index, source), (x,), whole={"v": _ANY_ROW, "s": _ANY_ROW})
+
+
 def _bucketize(call: Call) -> Factors:
     """(x, boundaries) -> the bucket of every element of x"""
     names = tuple(f"d{i}" for i in range(len(call.shape)))
@@ -127,6 +137,15 @@ class IndexPutRule(Rule):
         return [(0, pos)] if pos.dim not in _indexed(call) else []  # rows that any index may write begin here
 
 
+class IndexCopyRule(FactorRule):
+    """index_copy, index_add: other dimensions pass through, the indexed one is whole."""
+
+    def back(self, call: Call, pos: Pos) -> list[tuple[int, Pos]]:
+        d = call.arg(1, "dim") % max(1, len(call.shape))
+        return [] if pos.dim == d else super().back(call, pos)  # rows that any index may write begin here
+
+
+register(["aten::index_copy", "aten::index_add"], IndexCopyRule(_index_copy))
 register("aten::embedding", FactorRule(_embedding))
 register("aten::gather", FactorRule(_gather))
 register("aten::bucketize", FactorRule(_bucketize))

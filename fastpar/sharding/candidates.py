@@ -20,6 +20,7 @@ from operator import getitem
 import torch
 from torch import fx
 
+from fastpar.ops.attention import attention
 from fastpar.rules import Call, Pos, rule_for
 from fastpar.rules.table import known
 
@@ -46,7 +47,7 @@ class Candidate:
 
 
 def is_attention(node: fx.Node) -> bool:
-    return node.op == "call_function" and node.target is torch.ops.fastpar.attention.default
+    return node.op == "call_function" and node.target is attention
 
 
 class Walk:
