@@ -30,7 +30,7 @@ def outer(x, y):
 
 
 def program(function, *layouts: str) -> tuple[Program, list[torch.Tensor]]:
-    """``function`` of two rows of S numbers over whole values, every result cut to the layout and put together again."""
+    """``function`` of two rows of S numbers over whole values, each result cut to its layout and put together again."""
     args = [torch.randn(S, generator=torch.Generator().manual_seed(i), dtype=torch.float64) for i in range(2)]
     with FakeTensorMode() as mode:
         gm = make_fx(function, decomposition_table=TABLE)(*map(mode.from_tensor, args))

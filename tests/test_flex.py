@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.attention import flex_attention as flex
 
 import fastpar
@@ -77,14 +78,14 @@ OTHERS: dict[str, Mod] = {
 Tensors = dict[str, torch.Tensor]
 
 
-def block_mask(mask: str, t: Tensors, rows: int = S, keys: int = S) -> Any:
+def block_mask(mask: str, t: Tensors, rows: int = S, keys: int = S, device: str = "cpu") -> Any:
     batch, heads, mod = MASKS[mask]
-    return flex.create_block_mask(mod(t), batch, heads, rows, keys, device="cpu")
+    return flex.create_block_mask(mod(t), batch, heads, rows, keys, device=device)
 
 
 def attend(q: Any, k: Any, v: Any, t: Tensors, mask: Any = None, score: Mod | None = None, **options: Any) -> Any:
     """``mask`` is a block mask, or the name of one that is made here, which Dynamo is slow to trace."""
-    block = block_mask(mask, t, q.shape[2], k.shape[2]) if isinstance(mask, str) else mask
+    block = block_mask(mask, t, q.shape[2], k.shape[2], q.device.type) if isinstance(mask, str) else mask
     return flex.flex_attention(q, k, v, score(t) if score is not None else None, block, **options)
 
 
@@ -190,6 +191,32 @@ def test_largest_scores():
     _, outs = captured(function, *args)
     for mine, true in zip(outs, function(*args), strict=True):
         close(mine, true)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mask, score", [("documents", None), ("causal", "alibi"), ("blind rows", "soft cap")])
+def test_torchs_compiled_kernel_gives_the_same(mask, score):
+    gen = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(B, H, 200, 64, generator=gen).bfloat16().cuda() for _ in range(3))
+    t = {"ids": torch.arange(200).cuda() // 60, "slopes": torch.rand(H, generator=gen).cuda()}
+    mod = (BIASES | OTHERS)[score](t) if score else None
+    block = block_mask(mask, t, 200, 200, "cuda")
+    true = torch.compile(flex.flex_attention)(q, k, v, mod, block)
+    _, out = captured(lambda q, k, v: flex.flex_attention(q, k, v, mod, block), q, k, v)
+    torch.testing.assert_close(out, true, rtol=2e-2, atol=2e-2)
+
+
+def test_on_fake_tensors():
+    with FakeTensorMode() as mode:
+        args = [mode.from_tensor(x) for x in qkv()]
+        t = {n: mode.from_tensor(x) for n, x in tensors().items()}
+
+    def function(q, k, v, t):
+        return attend(q, k, v, t, "documents", BIASES["alibi"])
+
+    found = fastpar.capture(function, (*args, t))
+    assert isinstance(found.outputs, FakeTensor) and found.outputs.shape == (B, H, S, E)
+    assert attentions(found.programs[0].program) == 1 and not found.programs[0].program.notes
 
 
 def test_the_result_lies_in_memory_as_the_queries_do():

@@ -145,14 +145,14 @@ def find_batch(graph: fx.Graph) -> Candidate | None:
 def _merge(found: list[tuple[frozenset[Seed], fx.Node]]) -> list[Candidate]:
     """Group what shares a seed or does not contradict; seeds that cut one value twice are alternatives."""
     groups: list[tuple[set[Seed], list[fx.Node]]] = []
-    for seeds, attention in sorted(found, key=lambda f: -_work(f[1])):
+    for seeds, node in sorted(found, key=lambda f: -_work(f[1])):
         for held, attentions in groups:
             if not _contradict(held, seeds):
                 held |= seeds
-                attentions.append(attention)
+                attentions.append(node)
                 break
         else:
-            groups.append((set(seeds), [attention]))
+            groups.append((set(seeds), [node]))
     order = {n: i for i, n in enumerate(found[0][1].graph.nodes)} if found else {}
     return [
         Candidate(tuple(sorted(seeds, key=lambda s: (order[s.node], s.pos.dim))), tuple(attentions))
