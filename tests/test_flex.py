@@ -229,15 +229,16 @@ def test_the_result_lies_in_memory_as_the_queries_do():
     close(view, attend(q, k, v, {}).view(B, H * S, E))
 
 
-@pytest.mark.parametrize("score", ["alibi", "tensor"])
+@pytest.mark.parametrize("score", ["keys", "tensor"])
 def test_a_bias_is_not_rounded_to_the_queries_dtype(score):
-    t = tensors() | {"slopes": 40 * torch.ones(H), "bias": 9 * tensors()["bias"].bfloat16()}
+    """Around 300, a bfloat16 goes in steps of 2."""
+    t = tensors()
+    t |= {"keys": (300 + t["keys"]).float(), "bias": t["bias"].bfloat16()}
     low, wide = qkv(dtype=torch.bfloat16), [x.double() for x in qkv(dtype=torch.bfloat16)]
     program, out = captured(lambda q, k, v, t: attend(q, k, v, t, None, BIASES[score]), *low, t)
     true = attend(*wide, {n: x.double() if x.is_floating_point() else x for n, x in t.items()}, None, BIASES[score])
-    eager = attend(*low, t, None, BIASES[score])
+    own = float((attend(*low, t, None, BIASES[score]) - true).abs().max())
     assert attentions(program) == 1 and out.dtype == torch.bfloat16
-    own = float((eager - true).abs().max())
     assert float((out - true).abs().max()) <= 2 * own + 2**-8 * float(true.abs().max())
 
 
@@ -378,17 +379,17 @@ PARTS = {"gather=3": 1 / 3, "ring=3": 1 / 3, "ulysses=4": 1 / 4, "torus=4": 1 / 
 
 @pytest.mark.parametrize("plan, most", PARTS.items())
 def test_no_rank_makes_a_whole_mask_that_it_only_has_a_part_of(plan, most):
-    """A mask of one head and batch is cut by rows; under Ulysses all rows are there, but of a quarter of the heads."""
+    """A mask is cut by rows. Under Ulysses a rank has all rows of its heads: one mask for all heads stays whole."""
     program = stack(Stack).programs[0].program.copy()
     parsed = Plan.parse(plan)
     mesh: Mesh = mesh_for(parsed, program.graph, ())
     program.mesh = mesh
     passes = pipeline_text(parsed).partition(",lower")[0]
     after = Pipeline.parse(passes, PASSES).run(program, PassContext(mesh=mesh))
-    places = [n for n in after.graph.nodes if n.op == "call_function" and isinstance(n.meta.get("val"), torch.Tensor)
-              and list(n.meta["val"].shape[-2:]) == [S, S] and n.meta["val"].numel() == B * H * S * S]  # fmt: skip
+    least = B * H * S * S if "ulysses" in plan or "torus" in plan else S * S
+    made = [n for n in after.graph.nodes if n.op == "call_function" and isinstance(n.meta.get("val"), torch.Tensor)]
+    places = [n for n in made if n.meta["val"].shape[-2:] == (S, S) and n.meta["val"].numel() >= least]
     assert places
-    whole = B * H * S * S
     for node in places:
         held = max(math.prod(node.meta["layout"].local_shape(mesh, r)) for r in range(mesh.ranks))
-        assert held <= 1.1 * most * whole, (node.name, node.target, node.meta["layout"])
+        assert held <= 1.1 * most * node.meta["val"].numel(), (node.name, node.target, node.meta["layout"])
