@@ -1,4 +1,5 @@
-"""``cancel``: a change of layout and its inverse, or two in a row, become one or none."""
+"""``cancel``: a change of layout and its inverse, or two in a row, become one or none; cuts move up to where what
+they cut is made."""
 
 from __future__ import annotations
 
@@ -11,11 +12,12 @@ from fastpar.core.transfer import elements_sent
 from fastpar.graph.pipeline import Pass, PassContext
 from fastpar.graph.program import Program
 from fastpar.ops.redistribute import redistribute
+from fastpar.sharding.early import cut_early
 
 
 @dataclass(frozen=True)
 class Cancel(Pass):
-    """Joins redistributes of redistributes where that sends no more, and drops those that change nothing."""
+    """Joins redistributes of redistributes where that sends no more, drops those that change nothing, cuts early."""
 
     name: ClassVar[str] = "cancel"
     stage_in: ClassVar[str] = "sharded"
@@ -37,5 +39,6 @@ class Cancel(Pass):
             if node.args[1] == node.args[2]:
                 node.replace_all_uses_with(node.args[0])
         program.graph.eliminate_dead_code()
+        cut_early(program.graph, mesh)
         program.gm.recompile()
         return program

@@ -230,6 +230,10 @@ OPERATORS = {
         lambda x, v: (torch.ops.aten.index_put(x, [None, torch.tensor([2, 0])], v),),
         ["[2, 5@sp(3,2), 4@ring(0,4)]", "[2, 2, 4@ring(0,4)]"],
     ),
+    "rows copied and added by index": (
+        lambda x, v: (x.index_copy(1, torch.tensor([2, 0]), v), x.index_add(1, torch.tensor([4, 1]), v, alpha=0.5)),
+        ["[2, 5@sp(3,2), 4@ring(0,4)]", "[2, 2@sp(1,1), 4@ring(0,4)]"],
+    ),
 }
 
 

@@ -75,10 +75,10 @@ def compile_fx(gm: fx.GraphModule, example_inputs: Sequence[Any], finish: Finish
     gm = copy_module(gm)
     example_inputs = _specialise(gm, example_inputs)
     floats_as_tensors(gm)
-    keep_whole(gm)
+    notes = keep_whole(gm)
 
     def inference(flat: fx.GraphModule, flat_inputs: Sequence[Any]) -> Callable[[list[Any]], Any]:
-        runner = finish(_program(flat, described))
+        runner = finish(_program(flat, described, notes))
 
         run: Any = functools.partial(runner)
         run._boxed_call = True  # AOT then passes a list, which the runner may empty
@@ -212,7 +212,7 @@ def _specialise(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[Any]:
     return result
 
 
-def _program(flat: fx.GraphModule, described: Sequence[Input]) -> Program:
+def _program(flat: fx.GraphModule, described: Sequence[Input], notes: Sequence[str]) -> Program:
     """The Program of the graph that AOT made; ``described`` are the inputs of Dynamo's graph."""
     inputs = []
     for position, node in enumerate(flat.graph.find_nodes(op="placeholder")):
@@ -222,7 +222,7 @@ def _program(flat: fx.GraphModule, described: Sequence[Input]) -> Program:
     output = flat.graph.output_node()
     output.args = (tuple(output.args[0]),)
     flat.recompile()
-    return Program(flat, tuple(inputs))
+    return Program(flat, tuple(inputs), notes=list(notes))
 
 
 def _origin(desc: Any, position: int) -> int | None:

@@ -16,6 +16,7 @@ import torch.fx as fx
 import torch.nn.functional as F
 
 from fastpar.core.errors import CaptureError
+from fastpar.graph.flex import is_flex, replace_flex
 from fastpar.graph.program import source_line
 from fastpar.ops.attention import AttentionCall, attention, attention_adapter
 from fastpar.ops.resample import UPSAMPLE_OPS, from_interpolate, from_upsample, resample
@@ -23,18 +24,22 @@ from fastpar.ops.resample import UPSAMPLE_OPS, from_interpolate, from_upsample, 
 aten = torch.ops.aten
 
 
-def keep_whole(gm: fx.GraphModule) -> None:
+def keep_whole(gm: fx.GraphModule) -> list[str]:
     """Replace attention and interpolation on a Dynamo graph, in place, in all its subgraphs.
 
-    Raises :class:`CaptureError` for attention with dropout.
+    Returns what a report should say about that. Raises :class:`CaptureError` for attention with dropout.
     """
+    notes: list[str] = []
     for module in gm.modules():
         if not isinstance(module, fx.GraphModule):
             continue
         for node in list(module.graph.nodes):
-            if node.op == "call_function" and not replace_attention(node, _example_rank):
+            if is_flex(node):
+                notes += replace_flex(module, node)
+            elif node.op == "call_function" and not replace_attention(node, _example_rank):
                 _replace_resampling(node)
         module.recompile()
+    return list(dict.fromkeys(notes))
 
 
 def _example(node: Any) -> Any:

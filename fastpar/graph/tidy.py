@@ -8,6 +8,7 @@ import torch
 import torch.fx as fx
 
 from fastpar.graph.normalise import replace_attention
+from fastpar.graph.ranges import without_ranges
 
 aten = torch.ops.aten
 
@@ -20,16 +21,17 @@ def tidy(gm: fx.GraphModule) -> None:
     """Remove, in place, what does nothing on a functional ATen graph, and dead nodes.
 
     These are aliases, copies that change neither dtype nor memory layout, views,
-    expansions and permutations to the same, slices of everything, and slices
-    that give back a piece of a concatenation. Strides stay what ``meta["val"]``
-    says, and results that are new tensors stay new. Linear in the number of nodes.
+    expansions and permutations to the same, slices of everything, slices
+    that give back a piece of a concatenation, and indices that name every row in
+    turn. Strides stay what ``meta["val"]`` says, and results that are new tensors
+    stay new. Linear in the number of nodes.
     """
     escapes = escaping(gm.graph)
     for node in list(gm.graph.nodes):
         if node.op != "call_function" or replace_attention(node, lambda n: n.meta["val"].dim()):
             continue
         _plain_arguments(node)
-        same = _same_as(node, node in escapes)
+        same = _same_as(node, node in escapes) or (None if node in escapes else without_ranges(node))
         if same is not None:
             node.replace_all_uses_with(same)
             gm.graph.erase_node(node)

@@ -49,6 +49,16 @@ class FactorRule(Rule):
                     out.append((i, Pos(d, pos.outer, pos.size, pos.inner)))
         return out
 
+    def operands_for(self, call: Call, want: Layout) -> tuple[Layout, ...] | None:
+        spec = self.factors(call)
+        if len(spec.results) != 1:
+            return None
+        dims = dict(zip(spec.results[0], want.dims, strict=True))
+        return tuple(
+            Layout(tuple(dims.get(n, Dim.whole(s)) if n else Dim.whole(s) for n, s in zip(names, shape, strict=True)))
+            for names, shape in zip(spec.operands, call.shapes, strict=True)
+        )
+
     def decide(self, call: Call, layouts: tuple[Layout, ...], mesh: Mesh) -> Decision:
         spec = self.factors(call)
         if all(x.is_whole for x in layouts):

@@ -37,6 +37,16 @@ def _index_select(call: Call) -> Factors:
     return Factors((table, index), (names,), whole={"v": _ANY_ROW})
 
 
+def _index_copy(call: Call) -> Factors:
+    """(x, dim, index, source) -> x with the rows ``index`` of dimension ``dim`` those of source"""
+    d = call.arg(1, "dim") % max(1, len(call.shape))
+    names = tuple(f"d{i}" for i in range(len(call.shape)))
+    x = tuple("v" if i == d else n for i, n in enumerate(names))
+    source = tuple("s" if i == d else n for i, n in enumerate(names)) if len(call.shapes[2]) else ()
+    index = ("s",) if len(call.shapes[1]) else ()
+    return Factors((x, index, source), (x,), whole={"v": _ANY_ROW, "s": _ANY_ROW})
+
+
 def _bucketize(call: Call) -> Factors:
     """(x, boundaries) -> the bucket of every element of x"""
     names = tuple(f"d{i}" for i in range(len(call.shape)))
@@ -88,6 +98,9 @@ class IndexRule(Rule):
             return super().decide(call, layouts, mesh)
         return FactorRule(self._names).decide(call, layouts, mesh)
 
+    def operands_for(self, call: Call, want: Layout) -> tuple[Layout, ...] | None:
+        return None if any(map(_is_mask, call.args[1])) else FactorRule(self._names).operands_for(call, want)
+
     def back(self, call: Call, pos: Pos) -> list[tuple[int, Pos]]:
         # rows of an index tensor are rows of the result, but splitting starts at the result:
         # an index is cheap, the table's rows are what costs
@@ -124,6 +137,15 @@ class IndexPutRule(Rule):
         return [(0, pos)] if pos.dim not in _indexed(call) else []  # rows that any index may write begin here
 
 
+class IndexCopyRule(FactorRule):
+    """index_copy, index_add: other dimensions pass through, the indexed one is whole."""
+
+    def back(self, call: Call, pos: Pos) -> list[tuple[int, Pos]]:
+        d = call.arg(1, "dim") % max(1, len(call.shape))
+        return [] if pos.dim == d else super().back(call, pos)  # rows that any index may write begin here
+
+
+register(["aten::index_copy", "aten::index_add"], IndexCopyRule(_index_copy))
 register("aten::embedding", FactorRule(_embedding))
 register("aten::gather", FactorRule(_gather))
 register("aten::bucketize", FactorRule(_bucketize))

@@ -139,6 +139,24 @@ class Rule:
     def back(self, call: Call, pos: Pos) -> list[tuple[int, Pos]]:
         return []
 
+    def operands_for(self, call: Call, want: Layout) -> tuple[Layout, ...] | None:
+        """Layouts of whole operands cut so that the (only) result comes as ``want``; None: not to be said.
+
+        It is ``back`` for all dimensions at once, and a guess: what ``decide`` makes of it counts.
+        """
+        operands = [Layout.whole(s) for s in call.shapes]
+        for d, dim in enumerate(want.dims):
+            if dim.is_whole:
+                continue
+            found = self.back(call, Pos(d, 1, dim.size, 1))
+            if not found or len(want.dims) != len(call.shape):
+                return None
+            for i, pos in found:
+                if pos.start or call.shapes[i][pos.dim] != dim.size:
+                    return None
+                operands[i] = operands[i].with_dim(pos.dim, dim)
+        return tuple(operands)
+
     def carries(self, call: Call, marked: list[set[int]]) -> set[int]:
         """Dimensions of the result that hold rows of the operands' ``marked`` dimensions."""
         out = set()

@@ -6,7 +6,8 @@ value is a **seed**, the earliest place where a whole value can be cut into part
 seeds found from the same attentions is a **candidate**; factorised attention (space, then
 time) gives several, and the shard pass chooses by predicted cost.
 
-A program without attention is split along its largest dimension that is no channel.
+A program without attention is split along the rows of its largest softmax, which is an attention that is written out,
+or else along the rows of its heaviest product.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from operator import getitem
 import torch
 from torch import fx
 
+from fastpar.ops.attention import attention
 from fastpar.rules import Call, Pos, rule_for
 from fastpar.rules.table import known
 
@@ -45,7 +47,7 @@ class Candidate:
 
 
 def is_attention(node: fx.Node) -> bool:
-    return node.op == "call_function" and node.target is torch.ops.fastpar.attention.default
+    return node.op == "call_function" and node.target is attention
 
 
 class Walk:
@@ -143,14 +145,14 @@ def find_batch(graph: fx.Graph) -> Candidate | None:
 def _merge(found: list[tuple[frozenset[Seed], fx.Node]]) -> list[Candidate]:
     """Group what shares a seed or does not contradict; seeds that cut one value twice are alternatives."""
     groups: list[tuple[set[Seed], list[fx.Node]]] = []
-    for seeds, attention in sorted(found, key=lambda f: -_work(f[1])):
+    for seeds, node in sorted(found, key=lambda f: -_work(f[1])):
         for held, attentions in groups:
             if not _contradict(held, seeds):
                 held |= seeds
-                attentions.append(attention)
+                attentions.append(node)
                 break
         else:
-            groups.append((set(seeds), [attention]))
+            groups.append((set(seeds), [node]))
     order = {n: i for i, n in enumerate(found[0][1].graph.nodes)} if found else {}
     return [
         Candidate(tuple(sorted(seeds, key=lambda s: (order[s.node], s.pos.dim))), tuple(attentions))
@@ -171,8 +173,22 @@ def _work(attention: fx.Node) -> int:
     return math.prod(attention.meta["val"].shape) * int(shape[-2])
 
 
+def _is_softmax(call: Call) -> bool:
+    """Over the columns of a matrix of scores."""
+    if call.name not in ("aten::_softmax", "aten::_safe_softmax") or len(call.shape) < 3 or call.shape[-2] < 2:
+        return False
+    return bool(call.arg(1, "dim") % len(call.shape) == len(call.shape) - 1)
+
+
 def _without_attention(graph: fx.Graph, walk: Walk) -> list[Candidate]:
-    """Rows of the heaviest product, else of the largest value: there is no attention to start from."""
+    """Rows of the largest softmax over scores, else of the heaviest product: there is no attention to start from."""
+    scores = [n for n in graph.nodes if n.op == "call_function" and _is_softmax(walk.call(n))]
+    if scores:
+        largest = max(scores, key=lambda n: math.prod(walk.call(n).shape))
+        shape = walk.call(largest).shape
+        seeds = walk.seeds(largest, Pos(len(shape) - 2, 1, shape[-2], 1))
+        if seeds:
+            return [Candidate(tuple(seeds), ())]
     best: tuple[int, fx.Node, Pos] | None = None
     for node in graph.nodes:
         value = node.meta.get("val")

@@ -1,0 +1,107 @@
+"""Cuts move up to what is made only to be cut, and nowhere else."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from fastpar.backends.simulate import run_global
+from fastpar.core.layout import Layout
+from fastpar.core.mesh import Mesh
+from fastpar.graph.check import check
+from fastpar.graph.decompose import TABLE
+from fastpar.graph.program import Input, Program
+from fastpar.ops.redistribute import redistribute
+from fastpar.sharding.early import cut_early
+
+MESH = Mesh((("a", 3),))
+S = 8
+
+
+def outer(x, y):
+    """A table of places [S, S], made of two rows of numbers."""
+    places = torch.arange(S)
+    return ((x[:, None] * y >= places[:, None] - places) & (x[:, None] > 0)).to(torch.float64)
+
+
+def program(function, *layouts: str) -> tuple[Program, list[torch.Tensor]]:
+    """``function`` of two rows of S numbers over whole values, each result cut to its layout and put together again."""
+    args = [torch.randn(S, generator=torch.Generator().manual_seed(i), dtype=torch.float64) for i in range(2)]
+    with FakeTensorMode() as mode:
+        gm = make_fx(function, decomposition_table=TABLE)(*map(mode.from_tensor, args))
+    for node in gm.graph.nodes:
+        if node.op != "output":
+            node.meta["layout"] = Layout.whole(tuple(node.meta["val"].shape))
+    output = gm.graph.output_node()
+    results, outs = output.args[0] if isinstance(output.args[0], (list, tuple)) else [output.args[0]], []
+    with gm.graph.inserting_before(output):
+        for node, layout in zip(results, [*layouts, *[""] * (len(results) - len(layouts))], strict=True):
+            for src, dst in ((str(node.meta["layout"]), layout), (layout, str(node.meta["layout"]))):
+                if layout:
+                    cut = gm.graph.call_function(redistribute, (node, src, dst))
+                    cut.meta = {"val": node.meta["val"], "layout": Layout.parse(dst), "why": "seed"}
+                    node = cut
+            outs.append(node)
+    output.args = (tuple(outs),)
+    gm.recompile()
+    made = Program(gm, (Input("x", "user"), Input("y", "user")), "sharded", mesh=MESH)
+    check(made)
+    return made, args
+
+
+def largest(graph: fx.Graph) -> int:
+    """Most numbers that a rank makes at once, moving aside."""
+    made = [n for n in graph.nodes if n.op == "call_function" and n.target is not redistribute]
+    return max(math.prod(n.meta["layout"].local_shape(MESH, r)) for n in made for r in range(3))
+
+
+def same(made: Program, args: list[torch.Tensor]) -> None:
+    expected = run_global(made.copy(), args)
+    cut_early(made.graph, MESH)
+    made.gm.recompile()
+    check(made)
+    for mine, true in zip(run_global(made, args), expected, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(mine, true, strict=True))
+
+
+@pytest.mark.parametrize("layout, most", [("[8@a(3*2,2), 8]", 24), ("[8, 8@a(2,6,0)]", 48), ("[8@a(8,0*2), 8]", 64)])
+def test_a_table_is_made_in_parts(layout, most):
+    made, args = program(outer, layout)
+    assert largest(made.graph) == S * S
+    same(made, args)
+    assert largest(made.graph) == most
+
+
+def test_what_is_needed_whole_stays_whole():
+    made, args = program(lambda x, y: [outer(x, y)] * 2, "[8@a(3*2,2), 8]", "")
+    before = [n.name for n in made.graph.nodes]
+    same(made, args)
+    assert [n.name for n in made.graph.nodes] == before
+
+
+def test_parts_that_are_more_than_the_whole_are_cut_from_it():
+    layouts = "[8@a(6,1*2), 8]", "[8, 8@a(1,6,1)]"
+    made, args = program(lambda x, y: [outer(x, y)] * 2, *layouts)
+    same(made, args)
+    assert largest(made.graph) == S * S
+    made, args = program(lambda x, y: [outer(x, y)] * 2, "[8@a(3*2,2), 8]", "[8, 8@a(3*2,2)]")
+    same(made, args)
+    assert largest(made.graph) == 3 * S
+
+
+def test_products_stay_where_they_are():
+    made, args = program(lambda x, y: x[:, None] @ y[None], "[8@a(3*2,2), 8]")
+    same(made, args)
+    assert largest(made.graph) == S * S
+
+
+def test_a_number_that_no_rule_can_cut_ends_the_way_up():
+    made, args = program(lambda x, y: torch.cumsum(outer(x, y), 0) * 2, "[8@a(3*2,2), 8]")
+    same(made, args)
+    held = {str(n.target): n.meta["layout"].is_whole for n in made.graph.nodes if n.op == "call_function"}
+    assert held["aten.cumsum.default"] and not held["aten.mul.Tensor"]
