@@ -158,6 +158,12 @@ BY_HAND = {
         Recipe(tokens=7, heads=2, steps=(("self_attention", {"mask": "bool", "bits": 12}), ("reduce_tokens", {}))),
         Way(RING_SP, "shard{axes=(sp)},attention-ulysses,cancel,lower"),
     ),
+    "an exchange that gives some ranks nothing": (
+        Recipe(tokens=2, text=1, heads=4, width=4, start=("token_ids", {}), steps=(("text_attention", {}),),
+               end=("tokens_out", {"both": False})),
+        Way(Mesh((("torus", 2), ("ulysses", 3))),
+            "shard,attention-ulysses{axes=ulysses},attention-torus,cancel,lower,hoist,overlap"),
+    ),
     "heads on one of three axes, keys gathered over the others": (
         Recipe(tokens=11, heads=2, steps=(("self_attention", {}),)),
         Way(ABC, "shard{axes=b:c:a},attention-ulysses{axes=(b)},attention-gather,lower"),

@@ -168,8 +168,13 @@ def order(program: Program) -> dict[tuple[str, ...], list[str]]:
 
 
 def check_order(programs: list[Program]) -> None:
-    """Raise CheckError unless the ranks' programs start the same collectives in the same order, and
-    what each sends is what the other expects."""
+    """Raise CheckError unless the ranks' programs start the same collectives in the same order, wait for each of
+    them, and what each sends is what the other expects."""
+    for rank, program in enumerate(programs):
+        for node in program.graph.nodes:
+            name = target_name(node.target) if node.op == "call_function" else ""
+            if name.startswith("_c10d_functional.") and "wait" not in name and not node.users:
+                raise CheckError(f"rank {rank} starts {node.name} and never waits for it")
     first = order(programs[0])
     for rank, program in enumerate(programs[1:], start=1):
         if order(program) != first:

@@ -10,7 +10,7 @@ import torch
 
 from fastpar.core.layout import Dim, Layout
 from fastpar.core.mesh import Mesh
-from fastpar.rules.table import Call, Decision, Gather, Localised, Pos, Rule, register
+from fastpar.rules.table import Call, Decision, Gather, Localised, Pos, Rule, register, rows_before
 
 
 class ResampleRule(Rule):
@@ -40,7 +40,9 @@ class ResampleRule(Rule):
         return Decision((want,), (Layout(tuple(dims)),), tuple(gathers))
 
     def back(self, call: Call, pos: Pos) -> list[tuple[int, Pos]]:
-        return [(0, pos)] if call.shapes[0][pos.dim] == call.shape[pos.dim] else []
+        if pos.dim > 1 and not self._factor(call, pos.dim):
+            return [(0, pos)] if call.shapes[0][pos.dim] == call.shape[pos.dim] else []
+        return [(0, p) for p in rows_before(pos, call.shape[pos.dim], call.shapes[0][pos.dim])]
 
     def carries(self, call: Call, marked: list[set[int]]) -> set[int]:
         return set(marked[0])

@@ -21,7 +21,7 @@ from fastpar.core.layout import Atom, Dim, Layout, Partial, Seg
 from fastpar.core.mesh import Mesh
 from fastpar.core.regroup import disjoint, split_atom
 from fastpar.rules.factor import FactorRule, Factors
-from fastpar.rules.table import Call, Decision, Gather, Localised, Pos, Rule, register, whole_decision
+from fastpar.rules.table import Call, Decision, Gather, Localised, Pos, Rule, register, rows_before, whole_decision
 
 _WINDOW = "a window reaches over the rows of other ranks"
 _CHANNELS = "channels are contracted"
@@ -151,8 +151,8 @@ class ConvolutionRule(Rule):
             filters = Pos(0, pos.outer, pos.size, pos.inner)
             held = [(i, filters) for i in range(1, len(call.shapes))]
             return [(0, pos), *held] if _depthwise(call) else held
-        if pos.dim > 1 and call.shape[pos.dim] == call.shapes[0][pos.dim]:
-            return [(0, pos)]
+        if pos.dim > 1:
+            return [(0, p) for p in rows_before(pos, call.shape[pos.dim], call.shapes[0][pos.dim])]
         return []
 
     def carries(self, call: Call, marked: list[set[int]]) -> set[int]:
@@ -200,7 +200,7 @@ class PadRule(Rule):
         return Decision((want,), (Layout(tuple(dims)),), tuple(gathers))
 
     def back(self, call: Call, pos: Pos) -> list[tuple[int, Pos]]:
-        return [(0, pos)] if self._pads(call)[pos.dim] == (0, 0) else []
+        return [(0, p) for p in rows_before(pos, call.shape[pos.dim], call.shapes[0][pos.dim])]
 
     def localise(
         self, call: Call, ins: tuple[Layout, ...], outs: tuple[Layout, ...], mesh: Mesh, rank: int
@@ -280,9 +280,14 @@ class GroupNormRule(FactorRule):
 
 
 class WindowRule(FactorRule):
-    """Keeps all leading dimensions; the last ``spatial`` ones are whole and may change size."""
+    """Keeps all leading dimensions; the last ``spatial`` ones are whole and may change size.
 
-    def __init__(self, spatial: int) -> None:
+    ``rows``: these can be split nevertheless, since the operator is then written out (``sharding/expand_spatial.py``).
+    """
+
+    def __init__(self, spatial: int, rows: bool = False) -> None:
+        self.rows = rows
+
         def factors(call: Call) -> Factors:
             lead = tuple(f"d{i}" for i in range(len(call.shape) - spatial))
             inside = tuple(f"s{i}" for i in range(spatial))
@@ -291,6 +296,11 @@ class WindowRule(FactorRule):
             return Factors(((*lead, *inside),), ((*lead, *outside),) * len(call.results), whole=whole)
 
         super().__init__(factors)
+
+    def back(self, call: Call, pos: Pos) -> list[tuple[int, Pos]]:
+        if self.rows and pos.dim > 1 and len(call.shape) == len(call.shapes[0]):
+            return [(0, p) for p in rows_before(pos, call.shape[pos.dim], call.shapes[0][pos.dim])]
+        return super().back(call, pos)
 
     def decide(self, call: Call, layouts: tuple[Layout, ...], mesh: Mesh) -> Decision:
         found = super().decide(call, layouts, mesh)
@@ -317,9 +327,9 @@ register("aten::convolution", CONVOLUTION)
 register("aten::native_group_norm", GroupNormRule(_group_norm))
 register("aten::constant_pad_nd", PadRule())
 for _n in (1, 2, 3):
+    register([f"aten::avg_pool{_n}d", f"aten::replication_pad{_n}d"], WindowRule(_n, rows=True))
     register(
-        [f"aten::avg_pool{_n}d", f"aten::replication_pad{_n}d", f"aten::reflection_pad{_n}d",
-         f"aten::_adaptive_avg_pool{_n}d", f"aten::max_pool{_n}d_with_indices",
+        [f"aten::reflection_pad{_n}d", f"aten::_adaptive_avg_pool{_n}d", f"aten::max_pool{_n}d_with_indices",
          f"aten::adaptive_avg_pool{_n}d"],  # fmt: skip
         WindowRule(_n),
     )

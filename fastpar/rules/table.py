@@ -45,6 +45,17 @@ class Pos:
         return self.outer * self.size * self.inner
 
 
+def rows_before(pos: Pos, after: int, before: int) -> list[Pos]:
+    """The rows that ``pos`` was made from, where windows, pads or repetition made ``after`` rows of ``before``.
+
+    Where their numbers differ, only a whole dimension can be followed: its rows are those of the whole dimension.
+    """
+    if before == after:
+        return [pos]
+    alone = (pos.outer, pos.size, pos.inner, pos.start) == (1, after, 1, 0)
+    return [Pos(pos.dim, 1, before, 1)] if alone and before > 1 else []
+
+
 @dataclass(frozen=True)
 class Gather:
     """A communication that an operator forced and no plan asked for."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import getitem
 
@@ -119,7 +120,12 @@ def find(graph: fx.Graph) -> list[Candidate]:
                 found.append((walk.seeds(call.operands[0], Pos(len(q) - 2, 1, q[-2], 1)), node))
     if not found:
         return _without_attention(graph, walk)
-    return _merge(found)
+    candidates = _merge(found)
+    # Rows of an attention in the middle of a U-Net or an autoencoder lead back to where rows were last made fewer; what
+    # comes before, at full resolution, is most of the work, and its rows lead to the input.
+    heaviest = _heaviest(graph, walk, ("aten::convolution",))
+    more = _rows_of_convolution(heaviest, walk) if heaviest is not None else []
+    return [*candidates, *(c for c in more if all(set(c.seeds) != set(o.seeds) for o in candidates))]
 
 
 def find_batch(graph: fx.Graph) -> Candidate | None:
@@ -138,8 +144,7 @@ def find_batch(graph: fx.Graph) -> Candidate | None:
         value = node.meta.get("val")
         if isinstance(value, torch.Tensor) and value.dim() > 1 and 1 < int(value.shape[0]) and value.shape[0] in sizes:
             seeds |= walk.seeds(node, Pos(0, 1, int(value.shape[0]), 1))
-    order = {n: i for i, n in enumerate(graph.nodes)}
-    return Candidate(tuple(sorted(seeds, key=lambda s: (order[s.node], s.pos.dim))), ()) if seeds else None
+    return Candidate(_ordered(graph, seeds), ()) if seeds else None
 
 
 def _merge(found: list[tuple[frozenset[Seed], fx.Node]]) -> list[Candidate]:
@@ -153,12 +158,8 @@ def _merge(found: list[tuple[frozenset[Seed], fx.Node]]) -> list[Candidate]:
                 break
         else:
             groups.append((set(seeds), [node]))
-    order = {n: i for i, n in enumerate(found[0][1].graph.nodes)} if found else {}
-    return [
-        Candidate(tuple(sorted(seeds, key=lambda s: (order[s.node], s.pos.dim))), tuple(attentions))
-        for seeds, attentions in groups
-        if seeds
-    ]
+    graph = found[0][1].graph
+    return [Candidate(_ordered(graph, seeds), tuple(attentions)) for seeds, attentions in groups if seeds]
 
 
 def _contradict(a: set[Seed], b: frozenset[Seed]) -> bool:
@@ -189,21 +190,43 @@ def _without_attention(graph: fx.Graph, walk: Walk) -> list[Candidate]:
         seeds = walk.seeds(largest, Pos(len(shape) - 2, 1, shape[-2], 1))
         if seeds:
             return [Candidate(tuple(seeds), ())]
-    best: tuple[int, fx.Node, Pos] | None = None
+    heaviest = _heaviest(graph, walk, ("aten::mm", "aten::addmm", "aten::bmm", "aten::convolution"))
+    if heaviest is None:
+        return []
+    if walk.call(heaviest).name == "aten::convolution":
+        return _rows_of_convolution(heaviest, walk)[:1]
+    dims = heaviest.meta["val"].dim()
+    seeds = walk.seeds(heaviest, Pos(dims - 2, 1, int(heaviest.meta["val"].shape[-2]), 1))
+    return [Candidate(tuple(seeds), ())] if seeds else []
+
+
+def _heaviest(graph: fx.Graph, walk: Walk, names: Sequence[str]) -> fx.Node | None:
+    """The product of one of these names with the most work, among those with rows to split."""
+    best: tuple[int, fx.Node] | None = None
     for node in graph.nodes:
         value = node.meta.get("val")
         if node.op != "call_function" or not isinstance(value, torch.Tensor) or value.dim() < 2:
             continue
         call = walk.call(node)
-        if not (call.name in ("aten::mm", "aten::addmm", "aten::bmm", "aten::convolution") and known(call.name)):
+        if call.name not in names or not known(call.name):
             continue
-        dims = range(2, value.dim()) if call.name == "aten::convolution" else [value.dim() - 2]
-        for d in dims:
-            size = int(value.shape[d])
-            work = math.prod(int(s) for s in value.shape) * (call.shapes[-1][0] if call.shapes else 1)
-            if size > 1 and (best is None or work > best[0]):
-                best = (work, node, Pos(d, 1, size, 1))
-    if best is None:
-        return []
-    seeds = walk.seeds(best[1], best[2])
-    return [Candidate(tuple(seeds), ())] if seeds else []
+        convolution = call.name == "aten::convolution"
+        rows = value.shape[2:] if convolution else value.shape[-2:-1]
+        each = math.prod(call.shapes[1][1:]) if convolution else call.shapes[-1][-2]
+        work = math.prod(int(s) for s in value.shape) * each
+        if max(rows, default=0) > 1 and (best is None or work > best[0]):
+            best = (work, node)
+    return best[1] if best is not None else None
+
+
+def _rows_of_convolution(node: fx.Node, walk: Walk) -> list[Candidate]:
+    """A candidate for each dimension of a convolution's rows, the largest first."""
+    shape = [int(n) for n in node.meta["val"].shape]
+    dims = sorted((d for d in range(2, len(shape)) if shape[d] > 1), key=lambda d: -shape[d])
+    found = [walk.seeds(node, Pos(d, 1, shape[d], 1)) for d in dims]
+    return [Candidate(_ordered(node.graph, seeds), ()) for seeds in found if seeds]
+
+
+def _ordered(graph: fx.Graph, seeds: Iterable[Seed]) -> tuple[Seed, ...]:
+    order = {n: i for i, n in enumerate(graph.nodes)}
+    return tuple(sorted(seeds, key=lambda s: (order[s.node], s.pos.dim)))
