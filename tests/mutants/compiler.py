@@ -27,58 +27,7 @@ def fp8(words: str) -> tuple[str, ...]:
     return ("tests/test_fp8.py", "-k", words)
 
 
-def onesided(words: str) -> tuple[str, ...]:
-    return ("tests/test_onesided.py", "-k", words)
-
-
 MUTANTS = (
-    # -- one-sided exchanges
-    Mutant(
-        "a flag is raised before its data", "backends/onesided/heap.py",
-        "        with self.sending(channel):\n",
-        "        self.raise_flags([(p, self.message_flag(channel, self.rank)) for p, *_ in pieces if p != self.rank])\n"
-        "        import time; time.sleep(0.002)\n        with self.sending(channel):\n",
-        onesided("real_heaps"),
-    ),
-    Mutant(
-        "no credit where one is needed", "backends/onesided/order.py",
-        "if self.beside[rank, reader] < event:", "if self.beside[rank, reader] < event and lag:",
-        onesided("overwrites or every_credit"),
-    ),
-    Mutant(
-        "no credits between calls", "backends/onesided/order.py",
-        "if read is None or lag > call:", "if read is None or lag:", onesided("overwrites or every_credit"),
-    ),
-    Mutant(
-        "what a put waited for is known to the program at once", "backends/onesided/order.py",
-        "            np.maximum(self.beside[rank], knowledge, out=self.beside[rank])\n",
-        "            np.maximum(self.beside[rank], knowledge, out=self.beside[rank])\n"
-        "            np.maximum(self.known[rank], knowledge, out=self.known[rank])\n",
-        onesided("what_a_put_waits_for"),
-    ),
-    Mutant(
-        "a flag of the call before will do", "backends/onesided/shared.py",
-        "wanted = self.flags[self.rank], self.calls - lag", "wanted = self.flags[self.rank], self.calls - lag - 1",
-        onesided("belong or never_comes"),
-    ),
-    Mutant(
-        "a piece goes to the start of the slot", "backends/onesided/rewrite.py",
-        "offset = slots.offsets[channel] + traffic.pieces(channel, peer)[rank][0]", "offset = slots.offsets[channel]",
-        onesided("every_plan"),
-    ),
-    Mutant(
-        "slots of messages under way overlap", "backends/onesided/slots.py",
-        "if low - at >= size:", "if low - at >= size // 2:", onesided("every_plan or overwrites"),
-    ),
-    Mutant(
-        "the second half of a sum takes the first one's piece", "backends/onesided/rewrite.py",
-        "side(1, [(peer, 0, chunks[me]) for peer in group], chunks)",
-        "side(1, [(peer, 0, chunks[0]) for peer in group], [chunks[0]] * n)", onesided("sums"),
-    ),
-    Mutant(
-        "a message that is missing is not told", "backends/onesided/symmetric.py",
-        "self.told.copy_(self.failed", "self.told.copy_(self.told", onesided("interpreter"),
-    ),
     # -- which rows a rank has
     Mutant(
         "segments of a dimension in another order on the ranks", "fastpar/core/layout.py",
