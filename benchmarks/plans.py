@@ -1,7 +1,8 @@
 """What the planner says of models at their real size, on machines that nobody here has: fake tensors, no GPU.
 
 ``python -m benchmarks.plans``: every plan for FLUX at 1024 and 4096 pixels, CogVideoX 20 s and Wan 720p on three
-topologies, predicted. ``--table`` prints docs/planning.md's table of the results in --out instead.
+topologies, predicted, and those that are near each other scheduled. ``--table`` prints docs/planning.md's table of the
+results in --out instead.
 Times are predictions with assumed efficiencies, not measurements.
 """
 
@@ -18,9 +19,7 @@ import torch
 import fastpar
 from benchmarks.models import CASES, full_size
 from benchmarks.record import write
-from fastpar.plan.planner import choose
-from fastpar.plan.topology import load
-from fastpar.plan.workload import workload
+from fastpar.run.build import planned
 
 MACHINES = {"h100-8": 8, "l40-8": 8, "a100-4x8": 32}
 
@@ -37,10 +36,11 @@ def main() -> None:
     for name in CASES:
         loaded = full_size(name)
         torch._dynamo.reset()
-        work = workload(fastpar.capture(loaded.model, loaded.inputs).programs[0].program)
+        program = fastpar.capture(loaded.model, loaded.inputs).programs[0].program
         for machine, ranks in MACHINES.items():
             begin = time.perf_counter()
-            choice = choose(work, ranks, load(machine))
+            choice = planned(program, "auto", ranks, machine)[2]
+            assert choice is not None
             print(f"{name}: {choice.note}", flush=True)
             rows: list[dict[str, Any]] = []
             for v in choice.verdicts:
