@@ -13,40 +13,21 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import random
 import sys
 import time
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import fx
 
 from fastpar.core.errors import FastparError
 from fastpar.core.plan import Plan
-from fastpar.graph.program import Program
 from fastpar.plan.expand import pipeline_text
 from fastpar.registry import LOWERINGS
+from tests.scripts.delays import TOLERANCE, delayed
 from tests.test_ring import Joint
 
-TOLERANCE = 1e-12
-SECONDS = 0.02  # at most, of each delay
-LATE = ("fastpar.put", "fastpar.receive", "attention_lse")
 STEPS = 4
-
-
-def delayed(program: Program) -> Callable[[list[Any]], Sequence[Any]]:
-    """The eager lowering, late."""
-    dice = random.Random(dist.get_rank())
-
-    class Late(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
-            if any(name in str(n.target) for name in LATE):
-                time.sleep(dice.random() * SECONDS)
-            return super().run_node(n)
-
-    return lambda args: tuple(Late(program.gm).run(*args))
 
 
 def steps(model: Any, plan: str, transport: str, lowering: str, given: list[Any]) -> list[torch.Tensor]:
