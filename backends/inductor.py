@@ -24,7 +24,6 @@ from fastpar.backends.kernels.choose import available, with_kernels
 from fastpar.backends.pinned import pin
 from fastpar.core.errors import OptionError
 from fastpar.graph.program import Program
-from fastpar.ops.checksum import checksum_formula
 from fastpar.ops.collectives import pack_boxes, unpack_boxes
 
 
@@ -41,7 +40,6 @@ def compile_inductor(program: Program) -> Callable[[list[Any]], Sequence[Any]]:
     table = dict(select_decomp_table())
     table[torch.ops.fastpar.pack.default] = pack_boxes
     table[torch.ops.fastpar.unpack.default] = unpack_boxes
-    table[torch.ops.fastpar.checksum.default] = checksum_formula
     program.gm.recompile()
     # on a GPU, Triton kernels take what they fuse; their tables are inputs that never change
     gm, tables = with_kernels(program.gm, gpu) if gpu is not None and available() else (program.gm, [])

@@ -126,6 +126,7 @@ def planned(name: str) -> dict[str, Any]:
         },
         "saved_of_the_rank_s_flops": once.flops_share / report.flops_share,
         "hoisted": dataclasses.asdict(once),
+        "left_in_the_step": [n for n in report.notes if str(n).startswith("hoist:")],
     }
 
 

@@ -6,7 +6,9 @@ constants and inputs that stay the same over the steps. The pass moves these ope
 (``fastpar.graph.prologue``) and runs the front, the *prologue*, once per generation and stream.
 
 Which inputs stay the same is a guess that costs nothing but time where it is wrong: at run time the prologue is run
-again whenever an input that it reads has changed (``fastpar.run.hoisted``).
+again whenever an input that it reads has changed (``fastpar.run.hoisted``). To see that, every call reads those inputs,
+weights too, once. So hoisting has a price, and only what the clock says is worth it goes: of all sets of operators
+that need nothing outside themselves, the one that saves most beyond the check of its inputs. What reads none is free.
 
 The values that are handed over are kept on the device, so some are made again on every call instead: views,
 constants, copies that are larger than what they copy, and other forms of a weight (a cast, a dequantised one), which
@@ -16,7 +18,7 @@ would be a second copy of the model. Past ``limit`` go those with the fewest FLO
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from operator import getitem
 from typing import Any, ClassVar
@@ -24,10 +26,13 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from fastpar.core.errors import OptionError
+from fastpar.graph.closure import best_closure
 from fastpar.graph.count import node_flops
 from fastpar.graph.pipeline import Pass, PassContext
-from fastpar.graph.program import Program
-from fastpar.graph.roofline import is_view, local_shape, node_bytes, reads
+from fastpar.graph.program import Program, source_line
+from fastpar.graph.prologue import bytes_on_ranks, parts_read
+from fastpar.graph.roofline import is_view, local_shape, reads
 from fastpar.graph.tidy import escaping
 from fastpar.ops.collectives import COLLECTIVES
 from fastpar.ops.join import join
@@ -42,7 +47,7 @@ class Hoist(Pass):
     """Moves to the front what depends on weights, constants and inputs that are not ``varying``.
 
     ``varying`` names inputs (``latents``, ``added.0``; weights too); by default they are guessed (``guess``).
-    ``limit`` is how many MiB a rank may keep for one stream.
+    ``limit`` is how many MiB a rank may keep for one stream. ``always``: also what does not pay.
     """
 
     name: ClassVar[str] = "hoist"
@@ -50,8 +55,11 @@ class Hoist(Pass):
 
     varying: tuple[str, ...] | None = None
     limit: int = 1024
+    always: bool = False
 
     def apply(self, program: Program, ctx: PassContext) -> Program:
+        if ctx.costs is None and not self.always:
+            raise OptionError("pass 'hoist' needs a cost model, which a pipeline without a topology lacks")
         graph = program.graph
         varying = guess(program) if self.varying is None else self.varying
         missing = sorted(set(varying) - {i.name for i in program.inputs})
@@ -63,8 +71,11 @@ class Hoist(Pass):
         given = _given(program, varying)
         _divide_exchanges(graph, given)
         _merge_equal(graph, given)
-        front, again = _front(program, given, self.limit << 20)
-        if _pays(front):
+        fixed = _fixed(graph, given)
+        if not self.always:
+            fixed = _paying(program, fixed, ctx)
+        front, again = _front(program, fixed, self.limit << 20)
+        if front:
             _move(graph, front, again)
         program.gm.meta["varying"] = tuple(varying)
         graph.lint()
@@ -169,11 +180,60 @@ def _merge_equal(graph: fx.Graph, given: set[fx.Node]) -> None:
             graph.erase_node(node)
 
 
+def _paying(program: Program, fixed: dict[fx.Node, None], ctx: PassContext) -> dict[fx.Node, None]:
+    """Those of the fixed operators whose hoisting saves more than the check of what they read takes."""
+    anew = _weight_forms(program, fixed) | escaping(program.graph)  # made on every call in any case
+    saved = {n: 0.0 if n in anew or _cheap(n) else _saved(n, fixed, ctx) for n in fixed}
+    needs = {n: [m for m in n.all_input_nodes if m in fixed or m.op == "placeholder"] for n in fixed}
+    inputs = dict.fromkeys(m for several in needs.values() for m in several if m.op == "placeholder")
+    sizes = {p: _bytes(program, p) for m in inputs for p in parts_read(m, fixed, lambda n: _bytes(program, n))}
+    once = ctx.costs.checked([])
+    cost = {p: ctx.costs.checked([size]) - once for p, size in sizes.items()}
+    worth = {n: saved.get(n, 0.0) - cost.get(n, 0.0) for n in (*inputs, *fixed)}
+    chosen = best_closure(worth, needs)
+    if sum(map(worth.__getitem__, chosen)) <= once:
+        chosen = set()
+    for node in worth:  # what is free, or takes only what is checked anyway
+        if worth[node] >= 0 and all(m in chosen for m in needs.get(node, ())):
+            chosen.add(node)
+    left = [n for n in fixed if n not in chosen and saved[n] > 0]
+    if left:
+        read = [m for m in _behind(left, needs) if m in sizes and m not in chosen]
+        ctx.notes.append(
+            f"hoist: {len(left)} operators with the same result in every step stay in it: they take "
+            f"{1e6 * sum(saved[n] for n in left):.0f} us, and to see on every call that the {len(read)} inputs and "
+            f"weights behind them are still the same would take {1e6 * ctx.costs.checked([sizes[m] for m in read]):.0f}"
+            f" us ({sum(sizes[m] for m in read):,} bytes) ({source_line(left[0])})"
+        )
+    return {n: None for n in fixed if n in chosen}
+
+
+def _behind(nodes: Iterable[fx.Node], needs: Mapping[fx.Node, Iterable[fx.Node]]) -> dict[fx.Node, None]:
+    """The nodes and all that they need, and what that needs."""
+    found, todo = dict.fromkeys(nodes), list(nodes)
+    while todo:
+        new = [m for m in needs.get(todo.pop(), ()) if m not in found]
+        found |= dict.fromkeys(new)
+        todo += new
+    return found
+
+
+def _saved(node: fx.Node, fixed: Collection[fx.Node], ctx: PassContext) -> float:
+    """Seconds that a step is shorter for not making this value.
+
+    Pointwise operators are fused with what takes them; several takers need a kernel that writes the value for them.
+    """
+    if reads(node) or node.target in COLLECTIVES:
+        task = ctx.costs.task(node)
+        return float(task.compute + task.travel + task.unpack)
+    users = {user for user in node.users if user not in fixed}
+    return float(ctx.costs.written(node)) if len(users) > 1 and not is_view(node) else 0.0
+
+
 def _front(
-    program: Program, given: set[fx.Node], limit: int
+    program: Program, fixed: dict[fx.Node, None], limit: int
 ) -> tuple[dict[fx.Node, None], set[fx.Node]]:
     """(the prologue's operators in order, fixed operators that are to be made on every call as well)."""
-    fixed = _fixed(program.graph, given)
     forms = _weight_forms(program, fixed)
     # What the caller gets is made anew for him: he may write into it.
     forced = {n for n in escaping(program.graph) if n in fixed}
@@ -206,8 +266,7 @@ def _front(
 
 def _bytes(program: Program, node: fx.Node) -> int:
     """Bytes on the busiest rank."""
-    mesh = program.mesh
-    return max(node_bytes(node, local_shape(node, mesh, rank)) for rank in range(mesh.ranks))
+    return max(bytes_on_ranks(program, node))
 
 
 def _worth(program: Program, node: fx.Node, fixed: Iterable[fx.Node], kept: list[fx.Node]) -> float:
@@ -257,15 +316,6 @@ def _cheap(node: fx.Node) -> bool:
     if not isinstance(before, torch.Tensor):
         return False
     return value.numel() * value.element_size() > before.numel() * before.element_size()
-
-
-def _pays(front: Collection[fx.Node]) -> bool:
-    """Whether to bother: every input that is read must be checked on every call, which takes about one kernel."""
-    work = [n for n in front if not is_view(n)]
-    if any(reads(n) or n.target in COLLECTIVES for n in work):
-        return True
-    inputs = {n for node in front for n in node.all_input_nodes if n.op == "placeholder"}
-    return len(work) > len(inputs)
 
 
 def _move(graph: fx.Graph, front: Iterable[fx.Node], again: Collection[fx.Node]) -> None:

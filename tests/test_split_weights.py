@@ -125,12 +125,12 @@ def test_what_does_not_pay_is_said() -> None:
 
 
 def test_what_is_repeated_is_read_by_nobody_twice() -> None:
-    """The share of time is close to 1/N, where it is not without."""
+    """The share of time is closer to 1/N. (Whole products can hide exchanges, so a call may be shorter with them.)"""
     captured, plan = wide(3072, 512), "ulysses=8"
-    split = fastpar.explain(captured, plan=plan, topology="h100-8")
-    whole = fastpar.explain(captured, plan=plan, topology="h100-8",
-                            passes=pipeline_text(Plan.parse(plan)).replace("split-weights,", ""))  # fmt: skip
-    assert split.time_share < whole.time_share and split.predicted["seconds"] < whole.predicted["seconds"]
+    passes = pipeline_text(Plan.parse(plan)).replace("hoist", "hoist{varying=x:t}")
+    split = fastpar.explain(captured, plan=plan, topology="h100-8", passes=passes)
+    whole = fastpar.explain(captured, plan=plan, topology="h100-8", passes=passes.replace("split-weights,", ""))
+    assert split.time_share < whole.time_share and split.predicted["compute"] < whole.predicted["compute"]
 
 
 def test_naive_ranks_never_talk() -> None:

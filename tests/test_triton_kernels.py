@@ -25,11 +25,14 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastpar
 from fastpar.backends import inductor
-from fastpar.backends.kernels import copies, launch, merge, normed, pack_quantized, unpack_dequantized
+from fastpar.backends.kernels import checksums, copies, launch, merge, normed, pack_quantized, unpack_dequantized
 from fastpar.backends.kernels.choose import with_kernels
 from fastpar.backends.kernels.table import LANES, make_table
 from fastpar.backends.simulate.lockstep import run_local
 from fastpar.graph.program import Input, Program
+from fastpar.ops.checksum import COLUMNS, ROW, STEP, STIR
+from fastpar.ops.checksum import LANES as TOGETHER
+from fastpar.ops.checksum import checksums as checksums_in_torch
 from fastpar.ops.collectives import pack, unpack
 from fastpar.ops.quantize import dequantize, quantize
 from fastpar.ops.ring import merge as merge_in_torch
@@ -95,7 +98,7 @@ class NoGpu:
 
 ONE = {"LANE0": 0, "LANE1": -1, "LANE2": -1, "LANE3": -1}
 TILE = {"ROWS": 16, "COLUMNS": 128}
-SENT = {"out": "*u8", "buffer": "*u8", "flat": "*u8", "table": "*i64"}
+SENT = {"out": "*u8", "buffer": "*u8", "flat": "*u8", "table": "*i64", "sums": "*i64"}
 KERNELS: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "pack": (copies._copy, "*bf16", {**ONE, **TILE, "PACK": True, "ITEM": 2, "UNIT": 8}),
     "unpack": (copies._copy, "*bf16", {**ONE, **TILE, "PACK": False, "ITEM": 2, "UNIT": 2}),
@@ -104,9 +107,11 @@ KERNELS: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "merge": (merge._merge, "*fp32", {**TILE, "WIDTH": 128}),
     "normed": (normed._normed, "*bf16", {**TILE, "WIDTH": 128, "NORM": 2, "WEIGHT": True, "BIAS": False, "SCALE": True,
                                          "ROTARY": 1, "ROUNDED": True, "ITEM": 2}),
+    "checksums": (checksums._checksums, "*i64", {"S": STIR, "C": STEP, "R": ROW, "H": 16, "W": COLUMNS}),
 }  # fmt: skip
 STRIDES_OF_MERGE = {f"{letter}{i}" for letter in "xy" for i in range(LANES)}  # elsewhere tensors
 POINTERS = {"x", "y", "z", "xl", "yl", "zl", "weight", "bias", "scale", "shift", "cos", "sin"} | STRIDES_OF_MERGE
+POINTERS |= {f"x{i}" for i in range(LANES, TOGETHER)}  # of checksums
 
 
 @needs_triton
@@ -153,13 +158,13 @@ def test_tracers_see_what_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
         whole = copies.pack_operator([a, b], PLAIN, table)
         c, d = copies.unpack_operator(whole, [n if n != 20 else 16 for n in SHAPES], PLAIN, "", table)
         normed.normed_(sent, c, None, None, None, None, None, None, "rms", 1e-6, False, True, 0, BOXES, [1, 2], table)
-        return sent, d, merge.merge(o, lse, o, lse)
+        return sent, d, merge.merge(o, lse, o, lse), checksums.checksums_operator([x, table, o.mT, lse])
 
     with mode:
         traced = make_fx(dispatch_functionalize(all_of_them))(x, table, o, lse)
     kernels = [n for n in traced.graph.nodes if "triton_kernel_wrapper_functional" in str(n.target)]
     written = [sorted(n.kwargs["tensors_to_clone"]) for n in kernels]
-    assert written == [["flat"], ["out"], ["x0"], ["y0"], ["flat"], ["x0", "x1"], ["out"], ["z", "zl"]]
+    assert written == [["flat"], ["out"], ["x0"], ["y0"], ["flat"], ["x0", "x1"], ["out"], ["z", "zl"], ["sums"]]
 
 
 # -- as operators ----------------------------------------------------------------------------------------
@@ -180,9 +185,10 @@ def operators() -> Iterator[tuple[Any, tuple[Any, ...]]]:
     angle = torch.randn(1, 5, 16)
     how = ("rms", 1e-6, True, True, 0, BOXES, [1, 4], table)
     yield normed.normed_, (sent.clone(), x, torch.randn(16), None, None, None, angle.cos(), angle.sin(), *how)
+    yield checksums.checksums_operator, ([x, table, lse.mT],)
 
 
-@pytest.mark.parametrize("which", range(7))
+@pytest.mark.parametrize("which", range(8))
 def test_operators_are_what_torch_expects_of_one(which: int) -> None:
     operator, args = list(operators())[which]
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
@@ -302,7 +308,7 @@ def a_program(device: str) -> tuple[Program, list[torch.Tensor], Callable[..., A
         a, b = unpack(sent, SHAPES[:5] * 2, [n if n != 16 else 20 for n in BOXES])
         a, b = dequantize(a, x.dtype), dequantize(b, y.dtype)
         out, total = merge_in_torch(a.float(), lse, b.float(), lse * 2)
-        return out.tanh(), total
+        return out.tanh(), total, checksums_in_torch([x, y, lse])
 
     torch.manual_seed(0)
     args = [torch.randn(SHAPE, device=device).bfloat16() for _ in range(2)] + [torch.randn(SHAPE[:-1], device=device)]

@@ -297,8 +297,20 @@ def normed(rng: random.Random, device: str) -> None:
             near(got.clone().view(dtype).view(-1, d), expected.clone().view(dtype).view(-1, d), off)
 
 
+def checksums(rng: random.Random, device: str) -> None:
+    from fastpar.backends.kernels.checksums import launch
+    from fastpar.ops import checksum
+
+    kinds = (*FLOATS, torch.int8, torch.int64, torch.bool, torch.float64)
+    xs = [strided(rng, [rng.choice((1, 2, 3, 8, 70)) for _ in range(rng.randint(1, 3))], rng.choice(kinds), device)
+          for _ in range(rng.choice((1, 2, 8, 9, 11)))]  # fmt: skip
+    size = rng.choice((0, 4096, 4096 * 16 + 5, 4096 * 40))  # none; one row; more than one program's
+    xs.insert(rng.randint(0, len(xs)), strided(rng, [size], rng.choice((torch.int64, torch.float32)), device))
+    assert torch.equal(launch(xs), checksum.checksums(xs))
+
+
 CASES: dict[str, Callable[[random.Random, str], None]] = {
-    f.__name__: f for f in (copies, codes, pack_quantized, unpack_dequantized, merge, normed)
+    f.__name__: f for f in (copies, codes, pack_quantized, unpack_dequantized, merge, normed, checksums)
 }
 
 

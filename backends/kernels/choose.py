@@ -5,6 +5,7 @@
 | ``pack`` of what ``quantize`` gives | ``pack_quantized`` |
 | ``unpack`` to what only ``dequantize`` takes | ``unpack_dequantized`` |
 | ``merge`` | ``merge`` |
+| ``checksums`` | ``checksums`` |
 
 What else is packed and unpacked stays as it is: Inductor makes slices and concatenations of it, which it fuses with
 their neighbours. Rows that several operators take, such as a ring's, which are used and sent on, stay too.
@@ -21,12 +22,14 @@ from torch import fx
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fastpar.backends.kernels import launch
+from fastpar.backends.kernels.checksums import checksums_operator
 from fastpar.backends.kernels.merge import merge as merge_kernel
 from fastpar.backends.kernels.pack_quantized import pack_quantized_operator, quantizable
 from fastpar.backends.kernels.pack_quantized import sizes_of as sent_sizes
 from fastpar.backends.kernels.table import RANK, make_table, ranks, text
 from fastpar.backends.kernels.unpack_dequantized import sizes_of, unpack_dequantized_operator
 from fastpar.graph.program import copy_module
+from fastpar.ops.checksum import checksums
 from fastpar.ops.collectives import pack, unpack
 from fastpar.ops.quantize import dequantize, quantize
 from fastpar.ops.ring import merge
@@ -56,7 +59,7 @@ def with_kernels(gm: fx.GraphModule, device: torch.device) -> tuple[fx.GraphModu
         if rewrite := _REWRITES.get(node.target):
             rewrite(graph, node, table)
     for node in reversed(list(graph.nodes)):  # what kernels took the place of; never a collective
-        if not node.users and node.target in (quantize, dequantize, pack, unpack, merge, getitem):
+        if not node.users and node.target in (quantize, dequantize, pack, unpack, merge, checksums, getitem):
             graph.erase_node(node)
     gm.recompile()
     return gm, tables
@@ -101,12 +104,22 @@ def _unpack(graph: fx.Graph, node: fx.Node, table: _Table) -> None:
             _replace(old, graph.call_function(getitem, (new, lane)))
 
 
-def _merge(graph: fx.Graph, node: fx.Node, table: _Table) -> None:
-    with graph.inserting_before(node):
-        _replace(node, graph.call_function(_overload(merge_kernel), node.args))
+def _same(kernel: Any) -> Callable[[fx.Graph, fx.Node, _Table], None]:
+    """The kernel in the operator's place, on the same arguments."""
+
+    def rewrite(graph: fx.Graph, node: fx.Node, table: _Table) -> None:
+        with graph.inserting_before(node):
+            _replace(node, graph.call_function(_overload(kernel), node.args))
+
+    return rewrite
 
 
-_REWRITES: dict[Any, Callable[[fx.Graph, fx.Node, _Table], None]] = {pack: _pack, unpack: _unpack, merge: _merge}
+_REWRITES: dict[Any, Callable[[fx.Graph, fx.Node, _Table], None]] = {
+    pack: _pack,
+    unpack: _unpack,
+    merge: _same(merge_kernel),
+    checksums: _same(checksums_operator),
+}
 
 
 def _takes(node: fx.Node) -> bool:

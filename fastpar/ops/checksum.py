@@ -1,52 +1,56 @@
-"""``fastpar::checksum``: a number that tells whether a tensor still has the same bits, computed where the tensor is.
+"""``fastpar::checksums``: numbers that tell whether tensors still have the same bits, computed where they are.
 
 Values are taken as integers, stirred so that every bit (a sign is one) reaches the middle ones, multiplied by an odd
 number that depends on the place, and summed modulo 2^64. One changed word always changes the sum; changes of several
 (elements that swapped places, signs, rows that were permuted) cancel with a chance of about 2^-60, for the
-multipliers of different places have no pattern. The number is the same on every call with the same bits, dtype and
-strides on one device, which is all that it is for; a compiler may compute another one.
+multipliers of different places have no pattern. On a GPU one Triton kernel takes all of them
+(``fastpar.backends.kernels.checksums``), and gives the same numbers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
 
 _LIB = torch.library.Library("fastpar", "FRAGMENT")
-_LIB.define("checksum(Tensor x) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_LIB.define("checksums(Tensor[] xs) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
-_STIR, _STEP, _ROW = -7046029254386353131, -4658895280553007687, -7723592293110705685  # odd, no pattern in their bits
-_COLUMNS = 1 << 12
-_CHUNK = {"cpu": 1 << 15}  # words at a time: so few that an allocator has their memory at hand
+STIR, STEP, ROW = -7046029254386353131, -4658895280553007687, -7723592293110705685  # odd, no pattern in their bits
+COLUMNS = 1 << 12
+LANES = 8
+"""Tensors that one kernel takes, where there are kernels."""
+_CHUNK = {"cpu": 1 << 15}  # words at a time: so few that a core keeps them in its cache
 _LARGE_CHUNK = 1 << 24
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def checksum_of(x: torch.Tensor) -> torch.Tensor:
     """The checksum of ``x`` as a 0-d int64 tensor on its device; nothing waits for the device."""
-    words = _words(x.detach())
+    words = words_of(x.detach())
     size = _CHUNK.get(x.device.type, _LARGE_CHUNK)
-    columns, sums = _places(x.device, _STEP), []
+    columns, sums = _places(x.device, STEP), []
+    room = torch.empty((2, min(size, words.numel())), dtype=torch.int64, device=x.device)
     for start in range(0, words.numel(), size):
-        part = stir(words[start : start + size].to(torch.int64))
-        whole = len(part) // _COLUMNS * _COLUMNS
+        part = _stirred(words[start : start + size].to(torch.int64), room)
+        whole = len(part) // COLUMNS * COLUMNS
         if whole:
-            sums.append(_products(part[:whole].view(-1, _COLUMNS), columns))
+            sums.append(_products(part[:whole].view(-1, COLUMNS), columns))
         if whole < len(part):
             sums.append(_products(part[whole:].view(1, -1), columns[: len(part) - whole]))
     if not sums:
         return torch.zeros((), dtype=torch.int64, device=x.device)
-    rows, known = torch.cat(sums), _places(x.device, _ROW)
+    rows, known = torch.cat(sums), _places(x.device, ROW)
     few = len(rows) <= len(known)
-    return (rows * (known[: len(rows)] if few else odd(torch.arange(len(rows), device=x.device), _ROW))).sum()
+    return (rows * (known[: len(rows)] if few else odd(torch.arange(len(rows), device=x.device), ROW))).sum()
 
 
 @lru_cache(maxsize=16)
 def _places(device: torch.device, step: int) -> torch.Tensor:
     """Odd numbers for the first places; kept, for it takes longer to make them than to sum a small tensor."""
     with torch.inference_mode(False):
-        return odd(torch.arange(_COLUMNS, device=device), step)
+        return odd(torch.arange(COLUMNS, device=device), step)
 
 
 def _products(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
@@ -56,32 +60,21 @@ def _products(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     return (rows * columns).sum(1)  # elsewhere there are no products of integer matrices
 
 
-def checksum_formula(x: torch.Tensor) -> torch.Tensor:
-    """The same idea in operators that a compiler makes one kernel of: no views of other widths, no pieces."""
-    if x.is_complex():
-        x = torch.view_as_real(x)
-    if x.dtype == torch.bool:
-        words = x.reshape(-1).to(torch.int64)
-    else:
-        words = x.reshape(-1).view(_INTEGERS[x.element_size()]).to(torch.int64)
-    place = torch.arange(words.numel(), device=x.device)
-    return (stir(words) * odd(place, _STEP)).sum()
-
-
-def stir(words: torch.Tensor) -> torch.Tensor:
-    """int64 to int64, one to one: high bits reach low ones."""
-    words = words * _STIR
-    return words ^ (words >> 32)
+def _stirred(words: torch.Tensor, room: torch.Tensor) -> torch.Tensor:
+    """int64 to int64, one to one: high bits reach low ones. In ``room``, for new memory takes longer than the work."""
+    stirred, high = room[:, : len(words)]
+    torch.mul(words, STIR, out=stirred)
+    return stirred.bitwise_xor_(torch.bitwise_right_shift(stirred, 32, out=high))
 
 
 def odd(place: torch.Tensor, step: int) -> torch.Tensor:
     """An odd number for every place (int64), without a pattern between neighbours (after SplitMix64)."""
     mixed = (place + 1) * step
-    mixed = (mixed ^ (mixed >> 29)) * _STIR
+    mixed = (mixed ^ (mixed >> 29)) * STIR
     return (mixed ^ (mixed >> 32)) | 1
 
 
-def _words(x: torch.Tensor) -> torch.Tensor:
+def words_of(x: torch.Tensor) -> torch.Tensor:
     """All bits of ``x``, in the order of memory, as the widest integers that fit; no copy unless there are gaps."""
     if x.is_complex():
         x = torch.view_as_real(x.resolve_conj())
@@ -108,7 +101,14 @@ def _dense(x: torch.Tensor) -> bool:
     return True
 
 
-_LIB.impl("checksum", checksum_of, "CompositeExplicitAutograd")
-torch.library.register_fake("fastpar::checksum", lambda x: x.new_empty((), dtype=torch.int64), lib=_LIB)
+def _checksums(xs: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.stack([checksum_of(x) for x in xs])
 
-checksum = torch.ops.fastpar.checksum.default
+
+_LIB.impl("checksums", _checksums, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "fastpar::checksums", lambda xs: xs[0].new_empty((len(xs),), dtype=torch.int64), lib=_LIB
+)
+
+checksums = torch.ops.fastpar.checksums.default
+"""From tensors of one device to int64 ``[tensors]``."""

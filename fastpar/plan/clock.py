@@ -21,6 +21,7 @@ from fastpar.core.mesh import Mesh
 from fastpar.graph.count import likeness, node_flops
 from fastpar.graph.program import Program, source_line
 from fastpar.graph.roofline import local_shape, node_bytes, reads
+from fastpar.ops.checksum import LANES
 from fastpar.ops.collectives import pack, unpack
 from fastpar.plan.engine import Call, Engine, Op, Script, Start, Wait
 from fastpar.plan.links import Load, load
@@ -28,7 +29,7 @@ from fastpar.plan.predict import FUSED, LAUNCH
 from fastpar.plan.timeline import Event, Timeline
 from fastpar.plan.topology import Device, Topology
 
-__all__ = ["Event", "Timeline", "call", "play", "read_seconds", "run", "seconds"]
+__all__ = ["CHECK", "Event", "Timeline", "call", "check_seconds", "play", "run", "seconds"]
 
 _C10D = torch.ops._c10d_functional
 _STARTS = (_C10D.all_to_all_single.default, _C10D.all_gather_into_tensor.default, _C10D.all_reduce.default)
@@ -121,9 +122,14 @@ def _script(program: Program, rank: int, mesh: Mesh, device: Device, loads: Sequ
     return script
 
 
-def read_seconds(size: float, device: Device) -> float:
-    """Seconds in which a device reads or writes so many bytes of its memory."""
-    return size / (device.bandwidth * device.streaming)
+CHECK = 2 * LAUNCH
+"""Seconds of a check beside reading: what it found is compared, and the answer brought to the host."""
+
+
+def check_seconds(size: float, device: Device) -> float:
+    """What one input of so many bytes adds to the check that comes before every step with hoisted values: it is read
+    once, by a kernel that takes ``LANES`` inputs."""
+    return size / (device.bandwidth * device.streaming) + LAUNCH / LANES
 
 
 def seconds(node: fx.Node, mesh: Mesh, rank: int, device: Device) -> float:

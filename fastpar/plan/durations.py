@@ -20,7 +20,8 @@ from fastpar.graph.count import messages
 from fastpar.graph.roofline import is_view, local_shape
 from fastpar.graph.schedule import Task, calls
 from fastpar.ops.collectives import COLLECTIVES, all_reduce, all_to_all, axes_of
-from fastpar.plan.clock import seconds
+from fastpar.plan.clock import CHECK, check_seconds, seconds
+from fastpar.plan.predict import LAUNCH
 from fastpar.plan.topology import Topology, detect, load
 
 Messages = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -46,6 +47,16 @@ class Durations:
         if key not in self._known:
             self._known[key] = self._measure(node)
         return self._known[key]
+
+    def written(self, node: fx.Node) -> float:
+        """Seconds of the kernel that writes what a chain of pointwise operators gives, on the rank with most of it."""
+        device = self.topology.device
+        return max(LAUNCH, self.task(node).size / (device.bandwidth * device.streaming))
+
+    def checked(self, sizes: Iterable[float]) -> float:
+        """Seconds of the check, on every call, of inputs with so many bytes each: hoisted values are made of them.
+        Of none, what any check takes besides."""
+        return CHECK + sum(check_seconds(size, self.topology.device) for size in sizes)
 
     def _text(self, arg: Any) -> str:
         if isinstance(arg, fx.Node):

@@ -346,6 +346,21 @@ MUTANTS = (
         "or any(r.queues[axes][0] is not exchange for r, axes in members)", "",
         ("tests/test_clock.py", "-k", "one_after_the_other"),
     ),
+    # -- what pays
+    Mutant(
+        "hoist: a check costs nothing", "passes/hoist.py", "saved.get(n, 0.0) - cost.get(n, 0.0)", "saved.get(n, 0.0)",
+        ("tests/test_hoist.py", "-k", "costs_more"),
+    ),
+    Mutant(
+        "hoist: whole weights are checked", "fastpar/graph/prologue.py",
+        "return parts if sum(map(size, parts)) < size(given) else [given]", "return [given]",
+        ("tests/test_hoist.py", "-k", "only_the_part"),
+    ),
+    Mutant(
+        "hoist: what is free comes without what it needs", "passes/hoist.py",
+        "worth[node] >= 0 and all(m in chosen for m in needs.get(node, ()))", "worth[node] >= 0",
+        ("tests/test_hoist.py", "-k", "costs_more or nothing_pays"),
+    ),
     # -- what travels in 8 bits
     Mutant(
         "fp8: the receiver's scale", "fastpar/ops/quantize.py", "scale.view(torch.float32).to(wide)",
