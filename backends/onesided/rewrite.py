@@ -21,6 +21,7 @@ from torch import fx
 from fastpar.backends.onesided.order import SPARE, Order, choose
 from fastpar.backends.onesided.slots import PUT, READ, Event, Traffic
 from fastpar.core.errors import CheckError
+from fastpar.core.inherit import inherited
 from fastpar.core.mesh import Mesh
 from fastpar.graph.program import Program, copy_module
 from fastpar.ops.collectives import decode, pack, unpack
@@ -220,7 +221,7 @@ def _replace(graph: fx.Graph, x: Exchange, rank: int, heap: Planned) -> None:
 
     def emit(target: Any, args: tuple[Any, ...], origin: fx.Node) -> fx.Node:
         node = graph.call_function(target, args)
-        node.meta = {k: origin.meta[k] for k in ("stack_trace", "layout", "why", "hoisted", "val") if k in origin.meta}
+        node.meta = inherited(origin.meta, "layout", "why", "hoisted", "val", "exchange")
         return node
 
     def put_of(side: Side, buffer: Any, channel: int) -> fx.Node:
