@@ -95,7 +95,7 @@ MUTANTS = (
         "if low - at >= size:", "if low - at >= size // 2:", onesided("every_plan or overwrites"),
     ),
     Mutant(
-        "the second half of a sum takes the first one's piece", "backends/onesided/rewrite.py",
+        "the second half of a sum takes the first one's piece", "backends/onesided/skeleton.py",
         "side(1, [(peer, 0, chunks[me]) for peer in group], chunks)",
         "side(1, [(peer, 0, chunks[0]) for peer in group], [chunks[0]] * n)", onesided("sums"),
     ),
