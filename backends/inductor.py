@@ -57,8 +57,9 @@ def compile_inductor(program: Program) -> Callable[[list[Any]], Sequence[Any]]:
         traced = make_fx(fx.Interpreter(gm).run, decomposition_table=table)(*values)
     pin(traced.graph, compute=bool(program.gm.meta.get("pinned")))
     traced.recompile()
-    provenance = config.patch({"trace.provenance_tracking_level": PROVENANCE})
-    with tracing(TracingContext(mode)), torch.no_grad(), kept(program, traced), provenance:
+    level = config.trace.provenance_tracking_level or PROVENANCE  # more, if the user asks Inductor for more
+    handles = config.patch({"trace.provenance_tracking_level": level})
+    with tracing(TracingContext(mode)), torch.no_grad(), kept(program, traced), handles:
         compiled = compile_fx_inner(traced, values, static_input_idxs=static, is_inference=True)
 
     def run(args: list[Any]) -> Sequence[Any]:
