@@ -181,6 +181,7 @@ def arguments(model: torch.nn.Module, x: torch.Tensor, program: Any) -> list[Any
 
 
 @needs_compiler
+@pytest.mark.slow  # compiles twice, past all caches
 def test_compiled_code_is_what_it_would_be_without(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same kernels in the same order: of the wrapper and the kernels nothing but comments differs."""
     model, x = Attention().eval().requires_grad_(False), torch.randn(1, 16, 32)
