@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from torch import fx
+
+from fastpar.backends.ranges import marked, under_profilers
 from fastpar.graph.program import Program
 
 
 def compile_eager(program: Program) -> Callable[[list[Any]], Sequence[Any]]:
     """A function from the flat inputs to the flat outputs of this rank's program."""
     program.gm.recompile()
-    module = program.gm
+    return under_profilers(program.name, _runner(program.gm), lambda: _runner(marked(program.gm)))
 
+
+def _runner(module: fx.GraphModule) -> Callable[[list[Any]], Sequence[Any]]:
     def run(args: list[Any]) -> Sequence[Any]:
         return tuple(module(*args))
 

@@ -13,15 +13,19 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import fx
 from torch._guards import TracingContext, tracing
+from torch._inductor import config
 from torch._inductor.compile_fx import compile_fx_inner
 from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.traceback import preserve_node_meta
 
 from fastpar.backends.cache import kept
 from fastpar.backends.kernels.choose import available, with_kernels
 from fastpar.backends.pinned import pin
+from fastpar.backends.ranges import PROVENANCE, numbered, under_profilers, wrapper_of, wrapper_with_ranges
 from fastpar.core.errors import OptionError
 from fastpar.graph.program import Program
 from fastpar.ops.collectives import pack_boxes, unpack_boxes
@@ -46,17 +50,21 @@ def compile_inductor(program: Program) -> Callable[[list[Any]], Sequence[Any]]:
     static = [i for i, given in enumerate(program.inputs) if given.kind in ("parameter", "buffer")]
     static += range(len(values), len(values) + len(tables))
     values += [mode.from_tensor(t) for t in tables]
-    with mode, torch.no_grad():
-        traced = make_fx(gm, decomposition_table=table)(*values)
+    gm, names = numbered(gm)
+    with mode, torch.no_grad(), preserve_node_meta():
+        traced = make_fx(fx.Interpreter(gm).run, decomposition_table=table)(*values)
     pin(traced.graph, compute=bool(program.gm.meta.get("pinned")))
     traced.recompile()
-    with tracing(TracingContext(mode)), torch.no_grad(), kept(program, traced):
+    level = config.trace.provenance_tracking_level or PROVENANCE  # more, if the user asks Inductor for more
+    handles = config.patch({"trace.provenance_tracking_level": level})
+    with tracing(TracingContext(mode)), torch.no_grad(), kept(program, traced), handles:
         compiled = compile_fx_inner(traced, values, static_input_idxs=static, is_inference=True)
 
     def run(args: list[Any]) -> Sequence[Any]:
         return tuple(compiled([*args, *tables]))
 
-    return run
+    wrapper = wrapper_of(compiled)
+    return under_profilers(program.name, run, lambda: wrapper_with_ranges(wrapper, compiled, names, run))
 
 
 def gpu_of(values: Sequence[Any]) -> torch.device | None:

@@ -14,9 +14,11 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from fastpar.core.inherit import inherited
 from fastpar.core.layout import Layout
 from fastpar.core.mesh import Mesh
 from fastpar.core.transfer import Box, transfer
+from fastpar.graph.modules import complete
 from fastpar.graph.pipeline import Pass, PassContext
 from fastpar.graph.program import Program, module_of
 from fastpar.ops.alone import alone, place, placement
@@ -89,6 +91,7 @@ class _Writer:
                     with value.fake_mode:
                         new.meta["val"] = value.new_empty(layout.local_shape(self.mesh, self.rank))
                 self.env[node] = new
+        complete(self.graph)
         return self.graph
 
     def _finish_all(self) -> None:
@@ -107,7 +110,7 @@ class _Writer:
 
     def _emit(self, origin: fx.Node, target: Any, args: tuple[Any, ...], kwargs: Any = None) -> fx.Node:
         new = self.graph.call_function(target, args, kwargs or {})
-        new.meta = {k: origin.meta[k] for k in ("stack_trace", "layout", "why", "hoisted") if k in origin.meta}
+        new.meta = inherited(origin.meta, "layout", "why", "hoisted")
         new.meta["val"] = origin.meta.get("val")
         return new
 
@@ -152,22 +155,32 @@ class _Writer:
         buffer = self._emit(node, pack, (self._map(node.args[0]), exchange.send_boxes))
         args = (buffer, exchange.receive_splits, exchange.send_splits, self._group(exchange.axes))
         started = self._emit(node, _C10D.all_to_all_single.default, args)
-        return _Started(self, node, started, exchange)
+        return self._started(node, started, exchange, exchange.axes)
 
     def all_gather(self, node: fx.Node) -> _Started:
         exchange = Exchange(*layouts_of(node), self.mesh, self.rank, dtypes_of(node))
         buffer = self._emit(node, pack, (self._map(node.args[0]), exchange.send_boxes_to(0)))
         args = (buffer, len(exchange.group), self._group(exchange.axes))
         started = self._emit(node, _C10D.all_gather_into_tensor.default, args)
-        return _Started(self, node, started, exchange)
+        return self._started(node, started, exchange, exchange.axes)
 
     def all_reduce(self, node: fx.Node) -> _Started:
         shapes = [layout.local_shape(self.mesh, self.rank) for layout in layouts_of(node)[1]]
         boxes = encode([(i, Box((0,) * len(s), (0,) * len(s), s)) for i, s in enumerate(shapes)], "src")
         buffer = self._emit(node, pack, (self._map(node.args[0]), boxes))
-        args = (buffer, node.args[1], self._group(axes_of(node, self.mesh)))
+        axes = axes_of(node, self.mesh)
+        args = (buffer, node.args[1], self._group(axes))
         started = self._emit(node, _C10D.all_reduce.default, args)
-        return _Started(self, node, started, _Sums([n for s in shapes for n in (len(s), *s)], boxes))
+        return self._started(node, started, _Sums([n for s in shapes for n in (len(s), *s)], boxes), axes)
+
+    def _started(
+        self, node: fx.Node, started: fx.Node, exchange: Exchange | _Sums, axes: tuple[str, ...]
+    ) -> _Started:
+        """The exchange under way, with a name for profiles: groups of processes are known by numbers."""
+        name = f"{str(node.target).split('.')[1]} over {' and '.join(axes)}"
+        started.meta["exchange"] = name
+        started.args[0].meta["exchange"] = f"pack for {name}"  # type: ignore[union-attr]
+        return _Started(self, node, started, exchange, name)
 
 
 @dataclass(frozen=True)
@@ -190,14 +203,17 @@ class _Started:
     node: fx.Node
     started: fx.Node
     exchange: Exchange | _Sums
+    name: str
     parts: list[fx.Node] | None = None
 
     def finish(self) -> list[fx.Node]:
         if self.parts is None:
             emit = self.writer._emit
             buffer = emit(self.node, _C10D.wait_tensor.default, (self.started,))
+            buffer.meta["exchange"] = f"wait for {self.name}"
             x = self.exchange
             done = emit(self.node, unpack, (buffer, x.shapes, x.receive_boxes, *([x.dtypes] if x.dtypes else [])))
+            done.meta["exchange"] = f"unpack from {self.name}"
             count = len(self.node.args[0])  # type: ignore[arg-type]
             self.parts = [emit(self.node, getitem, (done, i)) for i in range(count)]
             for i, part in enumerate(self.parts):  # of an exchange of several values, each has its own

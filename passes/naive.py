@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from fastpar.core.errors import PlanError
+from fastpar.core.inherit import inherited
 from fastpar.core.layout import Layout
 from fastpar.core.mesh import Mesh
 from fastpar.core.transfer import changed_axes, is_local
@@ -83,7 +84,7 @@ def _own_attention(node: fx.Node, mesh: Mesh) -> fx.Node:
     with value.fake_mode:
         operands = [x.meta["val"] if isinstance(x, fx.Node) else x for x in (q, k, v, mask)]
         fake = attention_lse(*operands, scale, bool(gqa))
-    trace = {key: node.meta[key] for key in ("stack_trace",) if key in node.meta}
+    trace = inherited(node.meta)
     block = graph.call_function(attention_lse, (q, k, v, mask, scale, bool(gqa)))
     block.meta = {**trace, "val": tuple(fake), "layout": (layout, Layout(layout.dims[:-1]))}
     out = graph.call_function(getitem, (block, 0))

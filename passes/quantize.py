@@ -26,6 +26,7 @@ import torch
 from torch import fx
 
 from fastpar.core.errors import PlanError
+from fastpar.core.inherit import inherited
 from fastpar.core.layout import Dim, Layout
 from fastpar.core.mesh import Mesh
 from fastpar.core.plan import FP8_MEANING, fp8_letters
@@ -302,9 +303,7 @@ class _Writer:
             new = self.graph.call_function(target, args)
         with value.fake_mode:
             made = target(*(a.meta["val"] if isinstance(a, fx.Node) else a for a in args))
-        new.meta = {"val": made, "layout": _wide(x.meta["layout"], int(made.shape[-1]))}
-        if "stack_trace" in x.meta:
-            new.meta["stack_trace"] = x.meta["stack_trace"]
+        new.meta = {**inherited(x.meta), "val": made, "layout": _wide(x.meta["layout"], int(made.shape[-1]))}
         return new
 
     def _emit(self, old: fx.Node, target: Any, args: tuple[Any, ...], value: Any, layout: Any) -> fx.Node:

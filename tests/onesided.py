@@ -13,7 +13,7 @@ import torch
 
 from fastpar.backends.eager import compile_eager
 from fastpar.backends.onesided.order import SPARE, Order
-from fastpar.backends.onesided.rewrite import Planned, planned, rewrite
+from fastpar.backends.onesided.rewrite import Planned, of_all, planned, rewrite
 from fastpar.backends.onesided.shared import Shared
 from fastpar.backends.onesided.slots import PUT, Traffic
 from fastpar.graph.program import Program
@@ -27,7 +27,7 @@ _names = itertools.count()
 def sided(built: Built, name: str = "h", spare: int = SPARE) -> tuple[list[Program], list[Program], dict[str, Planned]]:
     """(two-sided programs of all ranks, one-sided ones, their heaps)."""
     programs = [built.localise(r) for r in range(built.mesh.ranks)]
-    heaps = planned(programs, name, spare)
+    heaps = planned(of_all(built.lowered, built.mesh), name, spare)
     return programs, [rewrite(p, r, heaps) for r, p in enumerate(programs)], heaps
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fastpar.backends.onesided.rewrite import planned, rewrite
+from fastpar.backends.onesided.rewrite import of_all, planned, rewrite
 from fastpar.backends.simulate import run_calls, run_global, run_interleaved, run_local
 from fastpar.core.layout import Layout
 from fastpar.core.mesh import Mesh
@@ -110,7 +110,7 @@ def prove(case: Case, way: Way, passes: Mapping[str, Callable[[], type[Pass]]] =
                 for mine, others in zip(run_interleaved(programs, case.args, seed), together, strict=True):
                     assert all(torch.equal(a, b) for a, b in zip(mine, others, strict=True))
         with _noted("one-sided"):
-            heaps = planned(programs, "h", spare=0)  # as little room as there can be
+            heaps = planned(of_all(lowered, mesh), "h", spare=0)  # as little room as there can be
             sided = [rewrite(p, r, heaps) for r, p in enumerate(programs)]
             for outputs in run_calls(sided, [case.args] * 2, 0):  # one behind the other, without a barrier
                 for mine, others in zip(outputs, together, strict=True):

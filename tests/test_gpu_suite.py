@@ -77,7 +77,8 @@ def test_parts_are_there_and_fit_in_ten_minutes() -> None:
 
     assert sum(entry.budget + suite.GRACE for entry in suite.PARTS.values()) <= 600
     for name, entry in suite.PARTS.items():
-        assert entry.module == f"benchmarks.gpu.{name}" and callable(importlib.import_module(entry.module).body)
+        assert entry.module == f"benchmarks.gpu.{name.split('-')[0]}" and entry.model in models.MODELS
+        assert callable(importlib.import_module(entry.module).body)
 
 
 def test_wheels_are_put_on_the_path(tmp_path: Path) -> None:
@@ -152,6 +153,18 @@ def test_models_are_made_on_the_device_in_bf16() -> None:
     assert {(p.device.type, p.dtype) for p in parameters} == {("meta", torch.bfloat16)}
     assert made.inputs["hidden_states"].shape == (1, 4096, 64) and made.inputs["hidden_states"].is_meta
     assert made.inputs["encoder_hidden_states"].dtype == torch.bfloat16
+    larger = models.make("flux-2048", "short", torch.device("meta")).inputs  # 16 x 16 pixels a token
+    assert larger["hidden_states"].shape == (1, (2048 // 16) ** 2, 64) and larger["img_ids"].shape == (16384, 3)
+    with pytest.raises(ValueError, match="no model 'flex'; there are flux, flux-2048"):
+        models.make("flex", "tiny", torch.device("cpu"))
+
+
+def test_a_part_runs_the_model_of_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(ranks, "make", lambda name, *_: asked.append(name))
+    monkeypatch.setattr("sys.argv", ["ranks", "--size", "tiny", "--model", suite.PARTS["ranks-2048"].model])
+    ranks.run(ranks.body)
+    assert asked == ["flux-2048"]
 
 
 def test_without_diffusers_it_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,7 +172,7 @@ def test_without_diffusers_it_says_what_is_missing(monkeypatch: pytest.MonkeyPat
     part = Part("tiny", 60)
     step.body(part)
     (row,) = part.rows
-    assert row["name"] == "FLUX.1" and "diffusers cannot be imported" in row["skipped"] and "--wheels" in row["skipped"]
+    assert row["name"] == "flux" and "diffusers cannot be imported" in row["skipped"] and "--wheels" in row["skipped"]
 
 
 # -- parts at their tiny size -------------------------------------------------------------------
@@ -233,6 +246,9 @@ def test_steps_ranks_and_hoist() -> None:
         assert "error" not in row and row["ms"] > 0, row
     busy = [rows[f"{topology}: fastpar ring=8"]["link_ms"] for topology in ranks.TOPOLOGIES]
     assert busy[0] == min(busy) and len(set(busy)) == 3
+    part = Part("tiny", 600, match=("h100-8: fastpar ulysses=8, eager",), model="flux-2048")
+    ranks.body(part)
+    assert [row["exchanges"] > 0 for row in part.rows] == [True]
     part = Part("tiny", 600, match=("pixart",))
     hoist.body(part)
     assert len(part.rows) == 2 and all(row["with_ms"] > 0 for row in part.rows)

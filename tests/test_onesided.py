@@ -23,6 +23,7 @@ from torch._inductor.utils import run_and_get_code
 import fastpar
 from fastpar.backends.inductor import compile_inductor
 from fastpar.backends.onesided import rewrite as rewriting
+from fastpar.backends.onesided import skeleton
 from fastpar.backends.onesided.order import SPARE, Order, choose, credits
 from fastpar.backends.onesided.rewrite import said
 from fastpar.backends.onesided.shared import Shared, place
@@ -106,7 +107,7 @@ def test_sums_in_two_halves_and_in_one(plan: str, whole: int, monkeypatch: pytes
     """Either way all ranks have the bits of lock step, which sums in rank order; pieces need not be equal."""
     torch.manual_seed(0)
     captured = fastpar.capture(Two().double().eval(), (torch.randn(1, 11, 16).double(),))
-    monkeypatch.setattr(rewriting, "WHOLE", whole)
+    monkeypatch.setattr(skeleton, "WHOLE", whole)
     programs, one_sided, heaps = sided(built(captured, plan))
     halves = sum(phase for _, phase in heaps["step"].keys)
     assert (halves > 0) == (whole == 0 and plan == "tp=3")  # of two ranks one half is as many bytes
@@ -127,6 +128,46 @@ def test_what_is_hoisted_has_a_heap_of_its_own() -> None:
         assert used == {heaps[name].spec.name}
     args = captured.programs[0].args
     assert survives(one_sided, [args, args], [run_local(programs, args)] * 2)
+
+
+# -- what the others exchange -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("plan", [*PLANS, "cfg=2,ring=2", "ulysses=2,fp8(qvo)", "tp=3"])
+def test_all_ranks_exchanges_are_known_without_their_programs(captured: fastpar.Captured, plan: str) -> None:
+    """Kinds, groups, sizes, and the order of starts and waits, which differs where ranks use results in another one."""
+    b = built(captured, plan)
+    found = skeleton.of_all(b.lowered, b.mesh)
+    programs = [b.localise(rank) for rank in range(b.mesh.ranks)]
+    assert found == [skeleton.of_program(p, rank)[0] for rank, p in enumerate(programs)]
+    assert found[0].exchanges and sorted(found[0].order) == sorted(
+        (kind, i) for kind in (skeleton.START, skeleton.WAIT) for i in range(len(found[0].exchanges))
+    )
+
+
+def test_another_program_than_was_planned_for_is_refused(captured: fastpar.Captured) -> None:
+    b = built(captured, "ulysses=2")
+    heaps = rewriting.planned(skeleton.of_all(b.lowered, b.mesh), "h")
+    program = b.localise(0)
+    rewriting.rewrite(program, 0, heaps)
+    first, *rest = heaps["step"].skeletons
+    turned = (replace(first, order=first.order[::-1]), *rest)
+    with pytest.raises(CheckError, match="rank 0: exchanges are started or waited for in another order"):
+        rewriting.rewrite(program, 0, {"step": replace(heaps["step"], skeletons=turned)})
+    other = built(captured, "ring=2")
+    with pytest.raises(CheckError, match="rank 0: exchange 0 is .* and was planned as"):
+        rewriting.rewrite(other.localise(0), 0, heaps)
+
+
+def test_a_compile_localises_its_own_rank_only(captured: fastpar.Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    b = built(captured, "ring=3")
+    asked: list[int] = []
+    real = type(b).localise
+    monkeypatch.setattr(type(b), "localise", lambda self, rank, groups=None: asked.append(rank) or real(self, rank))
+    monkeypatch.setattr(running, "world", lambda group: (1, 3))
+    one = running.OneSided(None, None, torch.device("cpu"), 1.0).localise(b)  # type: ignore[arg-type]
+    assert asked == [1] and any(n.target is put for n in one.graph.nodes)
+    assert b.notes[-1].startswith("one-sided: ")
 
 
 # -- slots and credits ----------------------------------------------------------------------------

@@ -25,10 +25,12 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
 
+from fastpar.backends import ranges
 from fastpar.graph.program import Input, Program
 
 log = logging.getLogger("fastpar")
@@ -101,7 +103,8 @@ class Captured:
             return self.run(self._on_device(args))
         self._fill(args)
         assert self.replay is not None
-        self.replay()
+        with ranges.program(f"{self.name}, replayed") if ranges.running() else nullcontext():
+            self.replay()
         results = [self._out(i, result, args) for i, result in enumerate(self.results)]
         if self.talks:
             self.device.launched(self.name)

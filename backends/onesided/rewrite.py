@@ -15,54 +15,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import fx
 
 from fastpar.backends.onesided.order import SPARE, Order, choose
+from fastpar.backends.onesided.skeleton import (
+    PROLOGUE,
+    START,
+    STEP,
+    Exchanged,
+    Nodes,
+    Side,
+    Skeleton,
+    of_all,
+    of_program,
+)
 from fastpar.backends.onesided.slots import PUT, READ, Event, Traffic
 from fastpar.core.errors import CheckError
-from fastpar.core.mesh import Mesh
+from fastpar.core.inherit import inherited
 from fastpar.graph.program import Program, copy_module
-from fastpar.ops.collectives import decode, pack, unpack
+from fastpar.ops.collectives import unpack
 from fastpar.ops.onesided import HeapSpec, put, receive, receive_sum
-
-_C10D = torch.ops._c10d_functional
-_KINDS = {
-    _C10D.all_to_all_single.default: "all_to_all",
-    _C10D.all_gather_into_tensor.default: "all_gather",
-    _C10D.all_reduce.default: "all_reduce",
-}
-WHOLE = 1 << 15
-"""Bytes up to which every rank reduces a value from all terms: at this size a message takes what its latency is."""
-PROLOGUE, STEP = "prologue", "step"
-
-
-@dataclass(frozen=True)
-class Side:
-    """One rank's side of one message: pieces of the send buffer, and what comes, in elements."""
-
-    number: int  # of the exchange in the program
-    phase: int
-    sends: tuple[tuple[int, int, int], ...]  # peer, start, size
-    members: tuple[int, ...]
-    receives: tuple[int, ...]  # per member
-    itemsize: int
-
-
-@dataclass(frozen=True)
-class Exchange:
-    """One exchange of one rank's program: its nodes and its messages (two, where an all-reduce has two halves)."""
-
-    kind: str
-    start: fx.Node
-    wait: fx.Node
-    unpack: fx.Node
-    sides: tuple[Side, ...]
-    where: str  # PROLOGUE or STEP
-
-    @property
-    def label(self) -> str:
-        return f"{self.kind} over {str(self.start.args[-1]).replace('.', ' and ')}"
 
 
 @dataclass(frozen=True)
@@ -73,93 +45,27 @@ class Planned:
     order: Order
     traffic: Traffic
     keys: tuple[tuple[int, int], ...]  # channel -> (number of the exchange, phase)
+    skeletons: tuple[Skeleton, ...]  # of all ranks: what was planned for
 
 
-def exchanges(program: Program, rank: int) -> list[Exchange]:
-    """The exchanges of a localised program whose groups have the names of mesh axes, in order of their start."""
-    mesh: Mesh = program.mesh
-    found: list[Exchange] = []
-    for node in program.graph.nodes:
-        if node.target in _KINDS:
-            kind = _KINDS[node.target]
-            (wait,) = _users(node, _C10D.wait_tensor.default)
-            (opened,) = _users(wait, unpack)
-            group = mesh.group(rank, tuple(str(node.args[-1]).split(".")))
-            where = PROLOGUE if node.meta.get("hoisted") else STEP
-            sides = _sides(kind, node, group, rank, len(found))
-            found.append(Exchange(kind, node, wait, opened, sides, where))
-    return found
-
-
-def _users(node: fx.Node, target: Any) -> list[fx.Node]:
-    users = [u for u in node.users if u.target is target]
-    if len(users) != 1 or len(node.users) != 1:
-        raise CheckError(f"{node.format_node()} should have one use, a {target}")
-    return users
-
-
-def _sides(kind: str, start: fx.Node, group: tuple[int, ...], rank: int, number: int) -> tuple[Side, ...]:
-    item, numel = _buffer(start.args[0])  # type: ignore[arg-type]
-    n, me = len(group), group.index(rank)
-
-    def side(phase: int, sends: Sequence[tuple[int, int, int]], receives: Sequence[int]) -> Side:
-        kept = tuple(piece for piece in sends if piece[2])
-        return Side(number, phase, kept, group, tuple(receives), item)
-
-    if kind == "all_to_all":
-        receives, sizes = ([int(x) for x in splits] for splits in start.args[1:3])  # type: ignore[union-attr]
-        return (side(0, _cut(group, sizes), receives),)
-    everything = [(peer, 0, numel) for peer in group]
-    if kind == "all_gather" or numel * item <= WHOLE or n <= 2:
-        return (side(0, everything, [numel] * n),)
-    chunks = [numel // n + (i < numel % n) for i in range(n)]
-    return (
-        side(0, _cut(group, chunks), [chunks[me]] * n),
-        side(1, [(peer, 0, chunks[me]) for peer in group], chunks),
-    )
-
-
-def _cut(group: tuple[int, ...], sizes: Sequence[int]) -> list[tuple[int, int, int]]:
-    """(peer, start, size) of pieces that lie one behind the other."""
-    out, at = [], 0
-    for peer, size in zip(group, sizes, strict=True):
-        out.append((peer, at, size))
-        at += size
-    return out
-
-
-def _buffer(packed: fx.Node) -> tuple[int, int]:
-    """(bytes per element, elements) of what ``pack`` gives on this rank (its ``meta["val"]`` is of the whole)."""
-    if packed.target is not pack:
-        raise CheckError(f"an exchange of {packed.format_node()}, which is not packed")
-    dtypes = [x.meta["val"].dtype for x in packed.args[0]]  # type: ignore[union-attr]
-    mixed, item, numel = len(set(dtypes)) > 1, dtypes[0].itemsize, 0
-    for operand, _, sizes in decode(packed.args[1]):  # type: ignore[arg-type]
-        box = 1
-        for size in sizes:
-            box *= size
-        numel += box * (dtypes[operand].itemsize if mixed else 1)
-    return (1 if mixed else item), numel
-
-
-def planned(programs: Sequence[Program], name: str, spare: int = SPARE) -> dict[str, Planned]:
-    """The heaps of the ranks' programs (PROLOGUE, STEP: those that exchange anything), as ``name.step`` and so on.
+def planned(skeletons: Sequence[Skeleton], name: str, spare: int = SPARE) -> dict[str, Planned]:
+    """The heaps of all ranks' programs (PROLOGUE, STEP: those that exchange anything), as ``name.step`` and so on.
 
     ``spare``: bytes of heap that may be spent to save credits (``order.choose``).
     Raises CheckError where ranks start different exchanges.
     """
-    every = [exchanges(p, rank) for rank, p in enumerate(programs)]
-    kinds = [[(x.kind, len(x.sides), x.where) for x in found] for found in every]
+    kinds = [[(x.kind, len(x.sides), x.where) for x in s.exchanges] for s in skeletons]
     if any(k != kinds[0] for k in kinds):
         raise CheckError("ranks start different exchanges, so none can be one-sided")
     out = {}
     for where in (PROLOGUE, STEP):
-        chosen = [[x for x in found if x.where == where] for found in every]
-        if not chosen[0]:
+        numbers = [i for i, x in enumerate(skeletons[0].exchanges) if x.where == where]
+        if not numbers:
             continue
+        chosen = [[s.exchanges[i] for i in numbers] for s in skeletons]
         keys = tuple((side.number, side.phase) for x in chosen[0] for side in x.sides)
         channel = {key: i for i, key in enumerate(keys)}
-        events = tuple(_events(p, found, channel) for p, found in zip(programs, chosen, strict=True))
+        events = tuple(_events(s, where, channel) for s in skeletons)
         sides = [[side for x in found for side in x.sides] for found in chosen]
         members = tuple(tuple(of_rank[c].members for of_rank in sides) for c in range(len(keys)))
         sizes = tuple(
@@ -170,23 +76,25 @@ def planned(programs: Sequence[Program], name: str, spare: int = SPARE) -> dict[
         _check(sides, traffic)
         order = choose(traffic, spare)
         labels = tuple(x.label for x in chosen[0] for _ in x.sides)
-        out[where] = Planned(HeapSpec(f"{name}.{where}", labels, order.slots.size), order, traffic, keys)
+        spec = HeapSpec(f"{name}.{where}", labels, order.slots.size)
+        out[where] = Planned(spec, order, traffic, keys, tuple(skeletons))
     return out
 
 
-def _events(program: Program, found: list[Exchange], channel: dict[tuple[int, int], int]) -> tuple[Event, ...]:
+def _events(skeleton: Skeleton, where: str, channel: dict[tuple[int, int], int]) -> tuple[Event, ...]:
     """Puts and reads in program order; the second half of an all-reduce takes place where the first is read."""
-    starts = {x.start: x for x in found}
-    waits = {x.wait: x for x in found}
     out: list[Event] = []
-    for node in program.graph.nodes:
-        if node in starts:
-            out.append((PUT, channel[starts[node].sides[0].number, 0]))
-        elif node in waits:
-            for side in waits[node].sides:
-                if side.phase:
-                    out.append((PUT, channel[side.number, side.phase]))
-                out.append((READ, channel[side.number, side.phase]))
+    for kind, number in skeleton.order:
+        exchange = skeleton.exchanges[number]
+        if exchange.where != where:
+            continue
+        if kind == START:
+            out.append((PUT, channel[number, 0]))
+            continue
+        for side in exchange.sides:
+            if side.phase:
+                out.append((PUT, channel[number, side.phase]))
+            out.append((READ, channel[number, side.phase]))
     return tuple(out)
 
 
@@ -204,23 +112,40 @@ def _check(sides: list[list[Side]], traffic: Traffic) -> None:
 
 
 def rewrite(program: Program, rank: int, heaps: dict[str, Planned]) -> Program:
-    """The localised program of ``rank`` with every exchange one-sided; the given one is left as it is."""
+    """The localised program of ``rank`` with every exchange one-sided; the given one is left as it is.
+
+    Raises CheckError where it does not exchange what the heaps were planned for.
+    """
     new = replace(program, gm=copy_module(program.gm), notes=list(program.notes))
     graph = new.graph
-    for x in exchanges(new, rank):
-        _replace(graph, x, rank, heaps[x.where])
+    mine, nodes = of_program(new, rank)
+    for heap in heaps.values():
+        if mine != heap.skeletons[rank]:
+            raise CheckError(f"rank {rank}: {_difference(mine, heap.skeletons[rank])}")
+    for x, found in zip(mine.exchanges, nodes, strict=True):
+        _replace(graph, x, found, rank, heaps[x.where])
     graph.lint()
     new.gm.meta["heaps"] = {h.spec.name: h.spec for h in heaps.values()}
     new.gm.recompile()
     return new
 
 
-def _replace(graph: fx.Graph, x: Exchange, rank: int, heap: Planned) -> None:
+def _difference(mine: Skeleton, expected: Skeleton) -> str:
+    for i, (a, b) in enumerate(zip(mine.exchanges, expected.exchanges, strict=False)):
+        if a != b:
+            return f"exchange {i} is {a}, and was planned as {b}"
+    count = len(mine.exchanges), len(expected.exchanges)
+    if count[0] != count[1]:
+        return f"{count[0]} exchanges, and {count[1]} were planned"
+    return "exchanges are started or waited for in another order than was planned"
+
+
+def _replace(graph: fx.Graph, x: Exchanged, nodes: Nodes, rank: int, heap: Planned) -> None:
     slots, traffic = heap.order.slots, heap.traffic
 
     def emit(target: Any, args: tuple[Any, ...], origin: fx.Node) -> fx.Node:
         node = graph.call_function(target, args)
-        node.meta = {k: origin.meta[k] for k in ("stack_trace", "layout", "why", "hoisted", "val") if k in origin.meta}
+        node.meta = inherited(origin.meta, "layout", "why", "hoisted", "val", "exchange")
         return node
 
     def put_of(side: Side, buffer: Any, channel: int) -> fx.Node:
@@ -230,7 +155,7 @@ def _replace(graph: fx.Graph, x: Exchange, rank: int, heap: Planned) -> None:
             sends += [peer, start, size, offset]
         mine = [c for c in heap.order.credits if c.writer == rank and c.put == channel]
         awaits = [n for c in mine for n in (c.reader, c.read, c.lag)]
-        return emit(put, (buffer, heap.spec.name, channel, sends, awaits), x.start)
+        return emit(put, (buffer, heap.spec.name, channel, sends, awaits), nodes.start)
 
     def arrival(side: Side, token: fx.Node, buffer: Any, channel: int) -> tuple[Any, ...]:
         sources = [s for s in traffic.pieces(channel, rank) if s != rank]
@@ -238,24 +163,25 @@ def _replace(graph: fx.Graph, x: Exchange, rank: int, heap: Planned) -> None:
         credits = sorted({c.writer for c in heap.order.credits if c.reader == rank and c.read == channel})
         return (token, buffer, heap.spec.name, channel, sources, credits, slots.offsets[channel])
 
-    shapes, boxes, *dtypes = x.unpack.args[1:]
-    buffer: Any = x.start.args[0]
+    shapes, boxes, *dtypes = nodes.unpack.args[1:]
+    buffer: Any = nodes.start.args[0]
     for side in x.sides:
         channel = heap.keys.index((side.number, side.phase))
         last = side is x.sides[-1]
-        with graph.inserting_before(x.start if side.phase == 0 else x.wait):
+        with graph.inserting_before(nodes.start if side.phase == 0 else nodes.wait):
             token = put_of(side, buffer, channel)
-        with graph.inserting_before(x.wait):
+        with graph.inserting_before(nodes.wait):
             args = arrival(side, token, buffer, channel)
             if x.kind == "all_reduce" and side.phase == 0:
-                buffer = emit(receive_sum, (*args, len(side.members), side.receives[0], str(x.start.args[1])), x.wait)
+                more = (len(side.members), side.receives[0], str(nodes.start.args[1]))
+                buffer = emit(receive_sum, (*args, *more), nodes.wait)
             else:
-                buffer = emit(receive, (*args, sum(side.receives), shapes, boxes, *dtypes), x.unpack)
+                buffer = emit(receive, (*args, sum(side.receives), shapes, boxes, *dtypes), nodes.unpack)
         if last and x.kind == "all_reduce" and side.phase == 0:
-            with graph.inserting_before(x.unpack):
-                buffer = emit(unpack, (buffer, shapes, boxes, *dtypes), x.unpack)
-    x.unpack.replace_all_uses_with(buffer)
-    for node in (x.unpack, x.wait, x.start):
+            with graph.inserting_before(nodes.unpack):
+                buffer = emit(unpack, (buffer, shapes, boxes, *dtypes), nodes.unpack)
+    nodes.unpack.replace_all_uses_with(buffer)
+    for node in (nodes.unpack, nodes.wait, nodes.start):
         graph.erase_node(node)
 
 
@@ -271,4 +197,4 @@ def said(heaps: dict[str, Planned]) -> str:
     return "one-sided: " + ("; ".join(parts) or "nothing is exchanged")
 
 
-__all__ = ["Exchange", "Planned", "exchanges", "planned", "rewrite", "said"]
+__all__ = ["Planned", "of_all", "planned", "rewrite", "said"]

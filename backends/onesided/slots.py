@@ -74,12 +74,23 @@ class Traffic:
 
     def pieces(self, channel: int, rank: int) -> dict[int, tuple[int, int]]:
         """Source -> (offset in the slot, bytes) of what ``rank`` receives; pieces of no bytes are left out."""
-        out, at = {}, 0
-        for source, size in zip(self.members[channel][rank], self.bytes[channel][rank], strict=True):
-            if size:
-                out[source] = (at, size)
-            at += size
-        return out
+        return self._pieces[channel][rank]
+
+    @cached_property
+    def _pieces(self) -> list[list[dict[int, tuple[int, int]]]]:
+        return [
+            [_placed(members, sizes) for members, sizes in zip(*of_channel, strict=True)]
+            for of_channel in zip(self.members, self.bytes, strict=True)
+        ]
+
+
+def _placed(members: Sequence[int], sizes: Sequence[int]) -> dict[int, tuple[int, int]]:
+    out, at = {}, 0
+    for source, size in zip(members, sizes, strict=True):
+        if size:
+            out[source] = (at, size)
+        at += size
+    return out
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,6 +37,8 @@ def make(name: str, size: str, device: torch.device) -> Made:
         raise Unavailable(
             f"diffusers cannot be imported ({error}): install it, or give its wheel by --wheels"
         ) from error
+    if name not in MODELS:
+        raise ValueError(f"no model {name!r}; there are {', '.join(MODELS)}")
     kind, build = MODELS[name]
     config, inputs = build(size)
     torch.manual_seed(0)
@@ -52,13 +55,14 @@ def make(name: str, size: str, device: torch.device) -> Made:
 Build = Callable[[str], tuple[dict[str, Any], Callable[[], dict[str, Any]]]]
 
 
-def _flux(size: str) -> Any:
+def _flux(size: str, pixels: int = 1024) -> Any:
+    """FLUX.1-dev: a token for each 16 x 16 pixels, and 512 of text."""
     config: dict[str, Any] = {}  # diffusers' defaults are FLUX.1's
-    side, text, channels, wide, pooled = 64, 512, 64, 4096, 768
+    side, text, channels, wide, pooled = pixels // 16, 512, 64, 4096, 768
     if size == "short":
         config = dict(num_layers=5, num_single_layers=10)
     if size == "tiny":
-        side, text, channels, wide, pooled = 8, 16, 8, 24, 16
+        side, text, channels, wide, pooled = pixels // 128, 16, 8, 24, 16
         config = dict(in_channels=8, num_layers=1, num_single_layers=1, num_attention_heads=8, attention_head_dim=16,
                       joint_attention_dim=24, pooled_projection_dim=16, axes_dims_rope=(4, 6, 6))  # fmt: skip
 
@@ -118,6 +122,7 @@ def _wan(size: str) -> Any:
 
 MODELS: dict[str, tuple[str, Build]] = {
     "flux": ("FluxTransformer2DModel", _flux),
+    "flux-2048": ("FluxTransformer2DModel", partial(_flux, pixels=2048)),
     "pixart": ("PixArtTransformer2DModel", _pixart),
     "wan": ("WanTransformer3DModel", _wan),
 }

@@ -15,10 +15,14 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 SIZES = {
-    "full": "as published: FLUX.1-dev's 12B parameters, 4096 + 512 tokens",
+    "full": "as published: FLUX.1-dev's 12B parameters, 4096 + 512 tokens (2048 pixels: 16384)",
     "short": "as wide as published, a quarter as deep",
     "tiny": "small enough for a CPU in a test; its times mean nothing",
 }
+
+
+MODEL = "flux"
+"""What the parts measure that take any model; ``models.MODELS`` has the others."""
 
 
 class Unavailable(Exception):
@@ -33,6 +37,7 @@ class Part:
     seconds: float
     out: Path | None = None
     match: tuple[str, ...] = ()
+    model: str = MODEL
     began: float = field(default_factory=time.time)
     rows: list[dict[str, Any]] = field(default_factory=list)
 
@@ -107,12 +112,13 @@ def run(body: Callable[[Part], None]) -> None:
     """A part as a command: ``python -m benchmarks.gpu.links --size tiny``."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--size", choices=list(SIZES), default="full")
+    parser.add_argument("--model", default=MODEL, help="of benchmarks/gpu/models.py, where a part takes any")
     parser.add_argument("--budget", type=float, default=600.0)
     parser.add_argument("--match", action="append", default=[])
     parser.add_argument("--rows", type=Path, help="a file for the rows, as they come")
     parser.add_argument("--began", type=float, default=time.time(), help="since when the budget counts (epoch)")
     args = parser.parse_args()
-    part = Part(args.size, args.budget, args.rows, tuple(args.match), args.began)
+    part = Part(args.size, args.budget, args.rows, tuple(args.match), args.model, args.began)
     if part.cuda or part.size == "tiny":
         body(part)
     else:

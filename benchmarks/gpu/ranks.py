@@ -98,7 +98,7 @@ def called(made: Made, name: str, topology: str) -> Callable[[], Any]:
 
 def body(part: Part) -> None:
     torch._dynamo.config.recompile_limit = 64
-    made = part.given("FLUX.1", lambda: make("flux", part.size, part.device))
+    made = part.given(part.model, lambda: make(part.model, part.size, part.device))
     if made is None:
         return
     with emulate.start(FIRST, rank=0, ranks=RANKS) as emulation, torch.no_grad():

@@ -47,7 +47,7 @@ def ready(made: Made, build: Callable[[Any], Any]) -> Callable[[], Any]:
 
 def body(part: Part) -> None:
     torch._dynamo.config.recompile_limit = 64  # variants share the code of one forward
-    made = part.given("FLUX.1", lambda: make("flux", part.size, part.device))
+    made = part.given(part.model, lambda: make(part.model, part.size, part.device))
     if made is None:
         return
     with torch.no_grad():

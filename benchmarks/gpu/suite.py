@@ -21,26 +21,28 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.part import SIZES
+from benchmarks.gpu.part import MODEL, SIZES
 from benchmarks.record import write
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One part: the module that runs it, its seconds, and what it shows."""
+    """One part: the module that runs it, its seconds, what it shows, and the model if it is not ``part.MODEL``."""
 
     module: str
     budget: float
     shows: str
+    model: str = MODEL
 
 
 PARTS = {
-    "ranks": Entry("benchmarks.gpu.ranks", 190, "rank 0 of 8 on emulated links: plans, passes one by one, peers"),
-    "step": Entry("benchmarks.gpu.step", 150, "one step on one GPU: eager, Inductor's modes, fastpar"),
+    "ranks": Entry("benchmarks.gpu.ranks", 155, "rank 0 of 8 on emulated links: plans, passes one by one, peers"),
+    "ranks-2048": Entry("benchmarks.gpu.ranks", 75, "the same with 2048 x 2048 pixels", "flux-2048"),
+    "step": Entry("benchmarks.gpu.step", 125, "one step on one GPU: eager, Inductor's modes, fastpar"),
     "links": Entry("benchmarks.gpu.links", 25, "emulated collectives against the link model, overlap, own overhead"),
     "kernels": Entry("benchmarks.gpu.kernels", 40, "Triton kernels: equal to their references, against the byte floor"),
-    "hoist": Entry("benchmarks.gpu.hoist", 75, "PixArt and Wan, with and without hoist"),
-    "tests": Entry("benchmarks.gpu.tests", 60, "pytest's marker gpu"),
+    "hoist": Entry("benchmarks.gpu.hoist", 65, "PixArt and Wan, with and without hoist"),
+    "tests": Entry("benchmarks.gpu.tests", 55, "pytest's marker gpu"),
 }
 """The most telling first, for budgets end."""
 GRACE = 8.0
@@ -88,8 +90,8 @@ def rows_of(path: Path, ended: str | None) -> list[dict[str, Any]]:
 def run_part(name: str, args: argparse.Namespace, paths: list[str], folder: Path) -> dict[str, Any]:
     entry, out = PARTS[name], folder / f"{name}.jsonl"
     budget = args.budget or entry.budget
-    command = [sys.executable, "-m", entry.module, "--size", args.size, "--budget", str(budget), "--rows", str(out),
-               "--began", str(time.time())]  # fmt: skip
+    command = [sys.executable, "-m", entry.module, "--size", args.size, "--model", entry.model,
+               "--budget", str(budget), "--rows", str(out), "--began", str(time.time())]  # fmt: skip
     for match in args.match:
         command += ["--match", match]
     path = os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -31,6 +31,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from fastpar.core.errors import CaptureError
 from fastpar.graph.decompose import TABLE
+from fastpar.graph.modules import name_modules
 from fastpar.graph.normalise import keep_whole
 from fastpar.graph.program import Input, Kind, Program, copy_module, source_line
 from fastpar.graph.scalars import floats_as_tensors, scalar_tensors_stay
@@ -218,6 +219,7 @@ def _program(flat: fx.GraphModule, described: Sequence[Input], notes: Sequence[s
     for position, node in enumerate(flat.graph.find_nodes(op="placeholder")):
         index = _origin(node.meta.get("desc"), position)
         inputs.append(described[index] if index is not None else Input(node.name, "user"))
+    name_modules(flat.graph)
     tidy(flat)
     output = flat.graph.output_node()
     output.args = (tuple(output.args[0]),)

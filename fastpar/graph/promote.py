@@ -15,6 +15,7 @@ import torch
 import torch.fx as fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 
+from fastpar.core.inherit import inherited
 from fastpar.graph.program import Program, source_line
 
 aten = torch.ops.aten
@@ -161,7 +162,7 @@ class _Promotion:
     def _cast(self, source: fx.Node, dtype: torch.dtype, user: fx.Node | None) -> fx.Node:
         cast = source.graph.call_function(aten._to_copy.default, (source,), {"dtype": dtype})
         cast.meta["val"] = self._fake(source.meta["val"], dtype)
-        cast.meta["stack_trace"] = source.meta.get("stack_trace", "")
+        cast.meta.update(inherited(source.meta))
         if user is not None:
             user.replace_input_with(source, cast)
         return cast

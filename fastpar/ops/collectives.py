@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import fx
@@ -232,9 +233,17 @@ class Exchange:
         each = list(zip(self.sides, sizes, strict=True))
         self.send_splits = [sum(t.send_splits[p] * size for t, size in each) for p in peers]
         self.receive_splits = [sum(t.receive_splits[p] * size for t, size in each) for p in peers]
-        self.send_boxes = [n for p in peers for n in self.send_boxes_to(p)]
-        self.receive_boxes = [n for p in peers for n in self.receive_boxes_from(p)]
         self.shapes = [n for t in self.sides for n in (len(t.shape), *t.shape)]
+
+    @cached_property
+    def send_boxes(self) -> list[int]:
+        """Boxes of the whole send buffer, peer by peer."""
+        return [n for p in range(len(self.group)) for n in self.send_boxes_to(p)]
+
+    @cached_property
+    def receive_boxes(self) -> list[int]:
+        """Boxes of all that comes, peer by peer."""
+        return [n for p in range(len(self.group)) for n in self.receive_boxes_from(p)]
 
     def send_boxes_to(self, peer: int) -> list[int]:
         """Boxes that go to one member of the group, in buffer order."""

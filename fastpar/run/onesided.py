@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from fastpar.backends.onesided.heap import Heap
-from fastpar.backends.onesided.rewrite import planned, rewrite, said
+from fastpar.backends.onesided.rewrite import of_all, planned, rewrite, said
 from fastpar.core.errors import AgreementError
 from fastpar.graph.program import Program
 from fastpar.ops import onesided as ops
@@ -40,12 +40,11 @@ class OneSided:
 
     def localise(self, built: Built) -> Program:
         """This rank's program with every exchange one-sided; what that takes is added to ``built.notes``."""
-        programs = [built.localise(rank) for rank in range(built.mesh.ranks)]
-        heaps = planned(programs, f"heap{next(_names)}")
+        heaps = planned(of_all(built.lowered, built.mesh), f"heap{next(_names)}")
         note = said(heaps)
         built.notes.append(note)
         log.debug("%s", note)
-        return rewrite(programs[self.rank], self.rank, heaps)
+        return rewrite(built.localise(self.rank), self.rank, heaps)
 
     def compile(self, lowering: Compile) -> Compile:
         """``lowering``, with the heaps that a program uses: made with it, begun by each of its calls, and let go when

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from fastpar.backends.onesided.rewrite import planned, rewrite, said
+from fastpar.backends.onesided.rewrite import of_all, planned, rewrite, said
 from fastpar.backends.simulate import run_calls, run_local
 from fastpar.core.errors import FastparError, OptionError
 from fastpar.core.options import TRANSPORTS
@@ -480,7 +480,7 @@ def _simulated(built: Built, args: list[Any], transport: str) -> list[tuple[Any,
     check_order(programs)
     if transport == "two-sided":
         return run_local(programs, args)
-    heaps = planned(programs, "verify")
+    heaps = planned(of_all(built.lowered, built.mesh), "verify")
     sided = [rewrite(p, r, heaps) for r, p in enumerate(programs)]
     return run_calls(sided, [args, args], seed=0)[1]  # the second call finds what the first left in the heaps
 
@@ -491,7 +491,7 @@ def _transported(built: Built, transport: str) -> list[str]:
         raise OptionError(unknown("transport", transport, TRANSPORTS))
     if transport == "two-sided":
         return []
-    return [said(planned([built.localise(r) for r in range(built.mesh.ranks)], "explain"))]
+    return [said(planned(of_all(built.lowered, built.mesh), "explain"))]
 
 
 def outputs_of(value: Any) -> list[torch.Tensor]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fastpar.core.inherit import inherited
 from fastpar.core.layout import Dim, Layout
 from fastpar.ops.ring import attention_lse, merge, redistribute_all
 from fastpar.rules.attention import mask_layout
@@ -43,9 +44,7 @@ class Blockwise:
 
     def emit(self, target: Any, args: tuple[Any, ...], value: Any, layout: Any, **meta: Any) -> fx.Node:
         new = self.graph.call_function(target, args)
-        new.meta = {"val": value, "layout": layout, **meta}
-        if "stack_trace" in self.node.meta:
-            new.meta["stack_trace"] = self.node.meta["stack_trace"]
+        new.meta = {**inherited(self.node.meta), "val": value, "layout": layout, **meta}
         return new
 
     def pair(self, node: fx.Node) -> Pair:

@@ -17,6 +17,7 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
+from fastpar.core.inherit import inherited
 from fastpar.core.layout import Dim, Layout
 from fastpar.core.mesh import Mesh
 from fastpar.ops.redistribute import redistribute
@@ -48,10 +49,9 @@ def traced(call: Call, written: Written) -> fx.Graph:
 
     with values[0].fake_mode:
         graph = make_fx(run)(*values).graph
-    trace = call.node.meta.get("stack_trace")
     for node in graph.nodes:
-        if trace and node.op == "call_function":
-            node.meta["stack_trace"] = trace
+        if node.op == "call_function":
+            node.meta.update(inherited(call.node.meta))
     return graph
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from fastpar.core.inherit import inherited
 from fastpar.core.layout import Atom, Dim, Layout, Seg, even_parts
 from fastpar.core.mesh import Mesh
 from fastpar.core.regroup import Misfit, regroup
@@ -144,9 +145,7 @@ class Inserter:
             return held[want]
         src = min(held, key=lambda x: (max(elements_sent(x, want, self.mesh)), len(x.split_axes)))
         node = self.out.graph.call_function(redistribute, (held[src], str(src), str(want)))
-        node.meta = {"val": old.meta["val"], "layout": want, "why": why}
-        if "stack_trace" in old.meta:
-            node.meta["stack_trace"] = old.meta["stack_trace"]
+        node.meta = {**inherited(old.meta), "val": old.meta["val"], "layout": want, "why": why}
         held[want] = node
         self.out.moved += max(elements_sent(src, want, self.mesh)) * old.meta["val"].element_size()
         return node
@@ -260,8 +259,7 @@ class Inserter:
                     )
                 )
                 operands[-1].meta["reason"] = gather.reason
-                if "stack_trace" in call.node.meta:  # the operator that forced it, not its producer
-                    operands[-1].meta["stack_trace"] = call.node.meta["stack_trace"]
+                operands[-1].meta.update(inherited(call.node.meta))  # the operator that forced it, not its producer
                 if gather.reason.startswith("the view cuts rows into multiples of "):
                     self.out.units.add(int(gather.reason.rsplit(" ", 1)[1]))
         return operands

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
+from fastpar.core.inherit import inherited
 from fastpar.core.layout import Layout
 from fastpar.ops.redistribute import redistribute
 
@@ -20,10 +21,7 @@ def redistributed(user: fx.Node | None, value: fx.Node, want: Layout, why: str) 
 
     def make() -> fx.Node:
         node = graph.call_function(redistribute, (value, str(have), str(want)))
-        trace = (user or value).meta.get("stack_trace")
-        node.meta = {"val": value.meta["val"], "layout": want, "why": why}
-        if trace:
-            node.meta["stack_trace"] = trace
+        node.meta = {**inherited((user or value).meta), "val": value.meta["val"], "layout": want, "why": why}
         return node
 
     if user is None:

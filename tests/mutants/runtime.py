@@ -13,6 +13,10 @@ def onesided(words: str) -> tuple[str, ...]:
     return ("tests/test_onesided.py", "-k", words)
 
 
+def ranges(words: str) -> tuple[str, ...]:
+    return ("tests/test_ranges.py", "-k", words)
+
+
 MUTANTS = (
     Mutant(
         "cudagraph: results stay in the graph's memory", "backends/cudagraph/captured.py",
@@ -91,11 +95,28 @@ MUTANTS = (
         onesided("every_plan"),
     ),
     Mutant(
+        "all ranks are taken to exchange what the first one does", "backends/onesided/skeleton.py",
+        "[_skeleton(steps, mesh, rank) for", "[_skeleton(steps, mesh, 0) for", onesided("without_their"),
+    ),
+    Mutant(
+        "exchanges are thought to be waited for at the end", "backends/onesided/skeleton.py",
+        "elif read := [number[x] for x in node.all_input_nodes if x in number]:", "elif read := []:",
+        onesided("without_their"),
+    ),
+    Mutant(
+        "ranges: a program has the names of code in the cache", "backends/ranges.py",
+        "names.nodes[number] = label(node), ", "names.nodes[number] = 'blocks_.0', ", ranges("from_the_cache"),
+    ),
+    Mutant(
+        "ranges: what passes insert belongs to no module", "fastpar/core/inherit.py",
+        'OF_THE_MODEL = ("stack_trace", "module")', 'OF_THE_MODEL = ("stack_trace",)', ranges("belong_to_modules"),
+    ),
+    Mutant(
         "slots of messages under way overlap", "backends/onesided/slots.py",
         "if low - at >= size:", "if low - at >= size // 2:", onesided("every_plan or overwrites"),
     ),
     Mutant(
-        "the second half of a sum takes the first one's piece", "backends/onesided/rewrite.py",
+        "the second half of a sum takes the first one's piece", "backends/onesided/skeleton.py",
         "side(1, [(peer, 0, chunks[me]) for peer in group], chunks)",
         "side(1, [(peer, 0, chunks[0]) for peer in group], [chunks[0]] * n)", onesided("sums"),
     ),
