@@ -1,0 +1,242 @@
+"""Attention that a model writes out: which forms become the operator, which do not, and both as exact as eager."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fastpar
+from fastpar.graph.program import Program
+from fastpar.ops.attention import attention
+
+torch.set_num_threads(1)
+F64 = torch.float64
+B, H, S, T, E = 2, 3, 7, 5, 4
+
+Tensors = dict[str, torch.Tensor]
+Form = Callable[[Tensors], Any]
+
+
+@pytest.fixture(autouse=True)
+def forget():
+    yield
+    torch._dynamo.reset()
+
+
+def tensors(rows: int = S, keys: int = T, dtype: torch.dtype = F64) -> Tensors:
+    gen = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=gen, dtype=F64).to(dtype)
+
+    shown = torch.rand(B, H, rows, keys, generator=gen) < 0.6
+    shown[..., 0] = True
+    return {
+        "q": random(B, H, rows, E), "k": random(B, H, keys, E), "v": random(B, H, keys, E + 1),
+        "q3": random(B * H, rows, E), "k3": random(B * H, keys, E), "v3": random(B * H, keys, E),
+        "qs": random(B, rows, H, E), "ks": random(B, keys, H, E), "vs": random(B, keys, H, E),
+        "bias": random(B, H, rows, keys), "heads": random(H, rows, keys), "keys": random(B, 1, 1, keys),
+        "bias3": random(B * H, 1, keys), "number": random(), "each": random(H, 1, 1), "row": random(rows, 1),
+        "v4": random(B, H, 4, E),
+        "column": random(keys), "shown": shown, "padded": shown[:, :1, :1], "rows": shown[:, :, :, 1:2],
+        "table": random(rows, keys, E), "more": random(B, H, keys, keys),
+    }  # fmt: skip
+
+
+def scores(t: Tensors) -> torch.Tensor:
+    return t["q"] @ t["k"].transpose(-1, -2)
+
+
+def weigh(x: torch.Tensor, t: Tensors) -> torch.Tensor:
+    return x.softmax(-1) @ t["v"]
+
+
+def baddbmm(t: Tensors, mask: torch.Tensor, **options: float) -> torch.Tensor:
+    """As diffusers' processors do."""
+    return torch.bmm(torch.baddbmm(mask, t["q3"], t["k3"].transpose(-1, -2), **options).softmax(-1), t["v3"])
+
+
+def einsum(t: Tensors, first: str, then: str, q: str = "qs", k: str = "ks", v: str = "vs") -> torch.Tensor:
+    return torch.einsum(then, torch.einsum(first, t[q], t[k]).softmax(-1), t[v])
+
+
+def slices(t: Tensors) -> torch.Tensor:
+    """As diffusers' sliced processor does."""
+    parts = [tuple(t[name][i : i + 2] for name in ("q3", "k3", "v3")) for i in range(0, B * H, 2)]
+    return torch.cat([(q @ k.mT).softmax(-1) @ v for q, k, v in parts])
+
+
+def windows(t: Tensors) -> torch.Tensor:
+    """As Swin does: the batch is parted for a mask, and heads come after it."""
+    x = scores(t).view(1, B, H, S, T) + t["bias"][:, 0].view(1, B, 1, S, T)
+    return weigh(x.view(B, H, S, T) + t["heads"], t)
+
+
+def grid(t: Tensors) -> torch.Tensor:
+    """As SAM does: rows and keys are parted for biases per height and width."""
+    q, k, v = (torch.cat([t["q"]] * 6, 2)[:, :, :n] for n in (6, 12, 12))
+    high, wide = t["q"][:, :, :6, :4].view(B, H, 2, 3, 4, 1), t["q"][:, :, :6, :3].view(B, H, 2, 3, 1, 3)
+    x = (q @ k.mT).view(B, H, 2, 3, 4, 3) + high + wide
+    return x.view(B, H, 6, 12).softmax(-1) @ v
+
+
+TAKEN: dict[str, Form] = {
+    "plain": lambda t: weigh(scores(t), t),
+    "scaled after": lambda t: weigh(scores(t) * 0.3, t),
+    "divided after": lambda t: weigh(scores(t) / math.sqrt(E), t),
+    "scaled before": lambda t: weigh((0.3 * t["q"]) @ (t["k"] / 2).mT, t),
+    "negated": lambda t: weigh(-scores(t) * 0.5, t),
+    "nothing left": lambda t: weigh(scores(t) * 0.0, t),
+    "a runtime number": lambda t: weigh(scores(t) * t["number"], t),
+    "a temperature per head": lambda t: weigh(scores(t) * t["each"] + t["bias"], t),
+    "a factor per query": lambda t: weigh((scores(t) + t["heads"]) / t["row"], t),
+    "a factor per key": lambda t: weigh(t["column"] * scores(t), t),
+    "bias": lambda t: weigh(scores(t) * 0.3 + t["bias"], t),
+    "bias first": lambda t: weigh(t["heads"] + scores(t) * 0.3, t),
+    "bias per key": lambda t: weigh(scores(t) + t["keys"], t),
+    "bias per query": lambda t: weigh(scores(t) + t["row"], t),
+    "biases, scaled after": lambda t: weigh((scores(t) + t["heads"] - 2 * t["keys"]) * 0.5 + t["bias"], t),
+    "subtracted": lambda t: weigh(t["bias"] - scores(t) * 0.5, t),
+    "with alpha": lambda t: weigh(torch.add(t["bias"], scores(t), alpha=0.5), t),
+    "a number added": lambda t: weigh(scores(t) + 3.0, t),
+    "relative positions": lambda t: weigh(scores(t) + torch.einsum("bhse,ste->bhst", t["q"], t["table"]), t),
+    "relative positions first": lambda t: weigh(torch.einsum("bhse,ste->bhst", t["q"], t["table"]) + scores(t), t),
+    "hidden by -inf": lambda t: weigh(scores(t).masked_fill(~t["shown"], -math.inf) * 0.5, t),
+    "hidden by finfo": lambda t: weigh(torch.where(t["shown"], scores(t), torch.finfo(F64).min), t),
+    "hidden by -1e9": lambda t: weigh(scores(t).masked_fill(~t["shown"], -1e9), t),
+    "hidden by a tensor": lambda t: weigh(torch.where(t["shown"], scores(t), torch.tensor(-1e9, dtype=F64)), t),
+    "hidden, and biased": lambda t: weigh((scores(t) + t["heads"]).masked_fill(~t["shown"], -math.inf) + t["keys"], t),
+    "padding of -1e9, and biased": lambda t: weigh(scores(t).masked_fill(~t["padded"], -1e9) + t["heads"], t),
+    "written over a few keys": lambda t: weigh((scores(t) + t["bias"]).masked_fill(~t["padded"], -1.5), t),
+    "written over a few queries": lambda t: weigh((scores(t) + t["bias"]).masked_fill(~t["rows"], -1.5) + t["bias"], t),
+    "a tensor over a few keys": lambda t: weigh(torch.where(t["padded"], t["keys"], scores(t)), t),
+    "hidden twice": lambda t: weigh(scores(t).masked_fill(~t["shown"], -1e9).masked_fill(~t["padded"], -1e5), t),
+    "baddbmm without a mask": lambda t: baddbmm(t, torch.empty(B * H, S, T, dtype=F64), beta=0, alpha=0.4),
+    "baddbmm": lambda t: baddbmm(t, t["bias3"].expand(-1, S, -1), beta=1, alpha=0.4),
+    "baddbmm with beta": lambda t: baddbmm(t, t["bias3"], beta=0.7, alpha=0.4),
+    "einsum": lambda t: einsum(t, "bhse,bhte->bhst", "bhst,bhte->bhse", "q", "k", "v"),
+    "einsum, heads last": lambda t: einsum(t, "bshe,bthe->bhst", "bhst,bthe->bshe"),
+    "einsum, other batch": lambda t: einsum(t, "bshe,bthe->bhst", "bhst,bthe->hbse"),
+    "keys first": lambda t: (t["k"] @ t["q"].mT + t["bias"].mT).softmax(-2).mT @ t["v"],
+    "values first": lambda t: t["v"].mT @ (scores(t) + t["bias"]).softmax(-1).mT,
+    "no batch": lambda t: (t["q"][0, 0] @ t["k"][0, 0].mT + t["heads"][0]).softmax(-1) @ t["v"][0, 0],
+    "one query": lambda t: weigh(t["q"][:, :, :1] @ t["k"].mT * 0.5, t),
+    "one key": lambda t: (t["q"] @ t["k"][:, :, :1].mT).softmax(-1) @ t["v"][:, :, :1],
+    "keys of one head": lambda t: (t["q"] @ t["k"][:, :1].mT).softmax(-1) @ t["v"][:, :1],
+    "softmax in float64": lambda t: torch.softmax(scores(t) + t["bias"], -1, dtype=F64) @ t["v"],
+    "windows": windows,
+    "grid": grid,
+    "slices": slices,
+}  # fmt: skip
+COUNTS = {"slices": 3}
+
+Refused = tuple[Form, str | None]
+LEFT: dict[str, Refused] = {  # and a word of the note, where it nearly is an attention
+    "scores are returned": (lambda t: ((x := scores(t)), weigh(x, t)), "used by more than one"),
+    "probabilities are returned": (lambda t: ((p := scores(t).softmax(-1)), p @ t["v"]), "used by more than one"),
+    "soft cap": (lambda t: weigh(3 * torch.tanh(scores(t) / 3), t), None),
+    "a factor per score": (lambda t: weigh(scores(t) * t["bias"], t), "a number per query and key"),
+    "squared": (lambda t: weigh((x := scores(t)) * x, t), "themselves"),
+    "probabilities are changed": (lambda t: (scores(t).softmax(-1) * t["shown"]) @ t["v"], None),
+    "dropout": (lambda t: nn.functional.dropout(scores(t).softmax(-1), 0.5, True) @ t["v"] * 0, None),
+    "over queries": (lambda t: scores(t).softmax(-2) @ t["v"], "does not sum over just the keys"),
+    "over heads": (lambda t: scores(t).softmax(1) @ t["v"], None),
+    "over some keys": (lambda t: (scores(t)[..., :4].reshape(B, H, S, 2, 2)).softmax(-1).flatten(3) @ t["v4"], None),
+    "with a sink": (lambda t: torch.cat([scores(t), t["bias"][..., :1]], -1).softmax(-1)[..., :-1] @ t["v"], None),
+    "mixed": (lambda t: (t["q"] @ t["more"][:, :, :4]).view(B, H, T, S).mT.softmax(-1) @ t["v"], "a view mixes"),
+    "some scores, a little": (lambda t: weigh(scores(t).masked_fill(~t["shown"], -5.0), t), "hides nothing"),
+    "hidden by -1e9, and biased":
+        (lambda t: weigh(scores(t).masked_fill(~t["shown"], -1e9) + t["heads"], t), "something is added"),
+    "linear attention": (lambda t: t["q"].softmax(-1) @ (t["k"].softmax(-2).mT @ t["v"]), None),
+    "to itself": (lambda t: (p := (t["q"] @ t["q"].mT).softmax(-1)) @ p, "used by more than one"),
+}  # fmt: skip
+
+
+def captured(function: Callable[..., Any], *args: Any) -> tuple[Program, Any]:
+    found = fastpar.capture(function, args)
+    (recorded,) = found.programs
+    return recorded.program, found.outputs
+
+
+def attentions(program: Program) -> int:
+    return sum(n.target is attention for n in program.graph.nodes)
+
+
+def close(mine: Any, true: Any, tolerance: float = 1e-12) -> None:
+    torch.testing.assert_close(mine, true, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_taken(name):
+    t = tensors()
+    program, out = captured(TAKEN[name], t)
+    close(out, TAKEN[name](t))
+    assert out.stride() == TAKEN[name](t).stride()
+    assert attentions(program) == COUNTS.get(name, 1) and not program.notes, program.graph
+    assert not any("softmax" in str(n.target) for n in program.graph.nodes)
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_left(name):
+    t = tensors()
+    form, why = LEFT[name]
+    program, out = captured(form, t)
+    if name != "dropout":
+        close(out, form(t))
+    assert attentions(program) == 0
+    notes = " ".join(program.notes)
+    assert (why in notes and "test_written.py" in notes) if why else not notes, notes
+
+
+# -- rows in which every key is hidden -----------------------------------------------------
+
+
+HIDES: dict[str, Form] = {
+    "-inf": lambda t: scores(t).masked_fill(~t["shown"], -math.inf),
+    "-1e9": lambda t: scores(t).masked_fill(~t["shown"], -1e9),
+    "-1e4, scaled": lambda t: scores(t).masked_fill(~t["shown"], -1e5) * 0.4,
+    "finfo": lambda t: scores(t).masked_fill(~t["shown"], torch.finfo(F64).min),
+    "two numbers": lambda t: scores(t).masked_fill(~t["padded"], -1e5).masked_fill(~t["shown"], -1e9),
+    "a number and -inf": lambda t: scores(t).masked_fill(~t["padded"], -math.inf).masked_fill(~t["shown"], -1e9),
+    "padding": lambda t: scores(t).masked_fill(~t["padded"], -1e9),
+    "padding, biased": lambda t: scores(t).masked_fill(~t["padded"], -1e9) + t["heads"],
+    "padding of finfo, biased": lambda t: (scores(t) + t["heads"]).masked_fill(~t["padded"], torch.finfo(F64).min),
+    "-inf, biased": lambda t: (scores(t) + t["heads"]).masked_fill(~t["shown"], -math.inf),
+    "added": lambda t: scores(t) + torch.zeros(B, H, 9, 6, dtype=F64).masked_fill(~t["shown"], -math.inf),
+    "added padding": lambda t: scores(t) + torch.zeros(B, 1, 1, 6, dtype=F64).masked_fill(~t["padded"], -math.inf),
+    "rows": lambda t: scores(t).masked_fill(~t["shown"][..., :1], -1e9),
+    "rows of -inf": lambda t: scores(t).masked_fill(~t["shown"][..., :1], -math.inf),
+}  # fmt: skip
+
+
+def blind() -> Tensors:
+    """Some queries of one batch item see no key, one head of the other sees none, and padding is all that it has."""
+    t = tensors(9, 6)
+    t["shown"][0, :, ::3] = False
+    t["shown"][1, 0] = False
+    t["padded"] = torch.ones(B, 1, 1, 6, dtype=torch.bool)
+    t["padded"][0, ..., 2:] = False
+    t["padded"][1] = False
+    return t
+
+
+@pytest.mark.parametrize("name", HIDES)
+@pytest.mark.parametrize("plan", [None, "ring=4", "ulysses=3"])
+def test_rows_without_keys_are_what_eager_makes_of_them(name, plan):
+    t = blind()
+    if plan is None:
+        program, out = captured(lambda t: weigh(HIDES[name](t), t), t)
+        assert attentions(program) == 1
+        outs = [out]
+    else:
+        outs = fastpar.simulate(lambda t: weigh(HIDES[name](t), t), (t,), plan=plan)
+    true = weigh(HIDES[name](t), t)
+    assert bool(true.isnan().any()) == ("inf" in name.split() or "-inf" in name or "added" in name)
+    for out in outs:
+        close(out, true)
+
