@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import pytest
@@ -240,3 +241,165 @@ def test_rows_without_keys_are_what_eager_makes_of_them(name, plan):
     for out in outs:
         close(out, true)
 
+
+
+# -- dtypes ------------------------------------------------------------------------------------
+
+BF16, F32 = torch.bfloat16, torch.float32
+Cast = Callable[[Tensors, torch.dtype, torch.dtype], torch.Tensor]
+CASTS: dict[str, tuple[Cast, torch.dtype]] = {  # of tensors, a low dtype and a wide one; the dtype of the attention
+    "none": (lambda t, low, wide: weigh(scores(t) + t["bias"], t), BF16),
+    "softmax in float32": (lambda t, low, wide: scores(t).to(wide).softmax(-1).to(low) @ t["v"], BF16),
+    "its dtype": (lambda t, low, wide: scores(t).softmax(-1, dtype=wide).to(low) @ t["v"], BF16),
+    "product in float32":
+        (lambda t, low, wide: (t["q"].to(wide) @ t["k"].to(wide).mT).softmax(-1).to(low) @ t["v"], BF16),
+    "all in float32":
+        (lambda t, low, wide: (t["q"].to(wide) @ t["k"].mT.to(wide) * 0.3).softmax(-1) @ t["v"].to(wide), BF16),
+    "bias cast along":
+        (lambda t, low, wide: (scores(t).to(wide) + t["bias"].to(wide)).softmax(-1).to(low) @ t["v"], BF16),
+    "two biases cast along":
+        (lambda t, low, wide: (scores(t).to(wide) + t["bias"].to(wide) + t["heads"]).softmax(-1).to(low) @ t["v"], F32),
+    "bias in float32": (lambda t, low, wide: (scores(t).to(wide) + t["wide"]).softmax(-1).to(low) @ t["v"], F32),
+    "hidden in float32": (lambda t, low, wide: scores(t).to(wide).masked_fill(~t["shown"], torch.finfo(F32).min)
+                          .softmax(-1).to(low) @ t["v"], BF16),
+    "a temperature in float32": (lambda t, low, wide: (scores(t) * t["number"].to(wide)).softmax(-1) @ t["v"], BF16),
+    "norms in float32": (lambda t, low, wide: (t["wideq"] @ t["k"].to(wide).mT).softmax(-1).to(low) @ t["v"], F32),
+    "narrower inside":
+        (lambda t, low, wide: (t["wideq"] @ t["k"].to(wide).mT).to(low).softmax(-1).to(wide) @ t["v"].to(wide), BF16),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASTS)
+def test_casts_are_as_exact_as_eager_and_what_travels_is_no_wider(name):
+    form, dtype = CASTS[name]
+    t = {n: x.to(BF16) if x.is_floating_point() else x for n, x in tensors(24, 33).items()}
+    t["shown"][0, :, ::3] = False
+    t["wide"], t["wideq"] = 300 + t["bias"].float() / 3, t["q"].float() / 3
+    program, out = captured(lambda t: form(t, BF16, F32), t)
+    (node,) = (n for n in program.graph.nodes if n.target is attention)
+    assert {x.meta["val"].dtype for x in node.all_input_nodes} == {dtype}
+    own = form(t, BF16, F32)
+    true = form({n: x.double() if x.is_floating_point() else x for n, x in t.items()}, F64, F64)
+    assert out.dtype == own.dtype
+    apart = float((own - true).abs().max())
+    assert float((out - true).abs().max()) <= 2 * apart + 2**-8 * float(true.abs().max())
+
+
+def test_a_softmax_in_float32_of_a_float64_model_stays_one():
+    """It would be more exact than the model otherwise, and so be another function."""
+    t = tensors()
+    report = fastpar.verify(lambda t: weigh((scores(t) + t["bias"]).float(), t | {"v": t["v"].float()}), (t,), "ring=2")
+    assert report.ok and report.max_rel_err < 1e-12
+    program, out = captured(lambda t: scores(t).float().softmax(-1).double() @ t["v"], t)
+    (node,) = (n for n in program.graph.nodes if n.target is attention)
+    assert out.dtype == F64 and {x.meta["val"].dtype for x in node.all_input_nodes} == {F32}
+
+
+# -- models ------------------------------------------------------------------------------------
+
+
+class Layer(nn.Module):
+    """One attention over tokens ``[B, S, C]`` as ``form`` writes it out, between linear layers, with a residual."""
+
+    def __init__(self, form: str, heads: int = 3, width: int = 4) -> None:
+        super().__init__()
+        self.form, self.heads = form, heads
+        self.inner, self.outer = nn.Linear(heads * width, 3 * heads * width), nn.Linear(heads * width, heads * width)
+        self.temperature, self.positions = nn.Parameter(torch.rand(heads, 1, 1)), nn.Parameter(torch.randn(heads, 40, 40))
+        self.codes = nn.Parameter(torch.randn(11, heads * width))
+
+    def forward(self, x: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = getattr(self, self.form)(x, shown)
+        return x + self.outer(y)
+
+    def parts(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [y.unflatten(2, (self.heads, -1)).transpose(1, 2) for y in self.inner(x).chunk(3, 2)]
+
+    def masked(self, x: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.parts(x)
+        y = (q @ k.mT / 2).masked_fill(~shown[:, None, None], -1e9).softmax(-1) @ v
+        return y.transpose(1, 2).flatten(2)
+
+    def relative(self, x: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
+        q, k, v = (y.flatten(0, 1) for y in self.parts(x))
+        n = x.shape[1]
+        places = self.positions[:, :n, :n].repeat(x.shape[0], 1, 1)
+        y = torch.bmm(torch.baddbmm(places, q, k.transpose(1, 2), alpha=0.3).softmax(-1), v)
+        return y.unflatten(0, (x.shape[0], -1)).transpose(1, 2).flatten(2)
+
+    def causal(self, x: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.parts(x)
+        later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
+        y = (q @ k.mT * self.temperature).masked_fill(later, -math.inf).softmax(-1) @ v
+        return y.transpose(1, 2).flatten(2)
+
+    def heads_last(self, x: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
+        q, k, v = (y.transpose(1, 2) for y in self.parts(x))
+        p = torch.einsum("bshe,bthe->bhst", q, k).softmax(-1)
+        return torch.einsum("bhst,bthe->bshe", p, v).flatten(2)
+
+    def one_head(self, x: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.inner(x).chunk(3, 2)
+        return torch.bmm(torch.bmm(q, k.transpose(1, 2)).mul(0.2).softmax(-1), v)
+
+    def channels(self, x: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
+        """Of channels with channels over tokens (XCiT, Restormer)."""
+        q, k, v = (y.mT for y in self.parts(x))
+        y = (q @ k.mT * self.temperature).softmax(-1) @ v
+        return y.permute(0, 3, 1, 2).flatten(2)
+
+    def linear(self, x: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.inner(x).chunk(3, 2)
+        return q.softmax(-1) @ (k.softmax(-2).mT @ v)
+
+    def codebook(self, x: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
+        return (x @ self.codes.T).softmax(-1) @ self.codes
+
+
+MODELS = {"masked": 1, "relative": 1, "causal": 1, "heads_last": 1, "one_head": 1}
+NO_MODELS = ("channels", "linear", "codebook")
+N = 37
+
+
+class Two(nn.Module):
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Layer(form), Layer(form)])
+
+    def forward(self, x: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
+        for each in self.layers:
+            x = each(x, shown)
+        return x
+
+
+@lru_cache
+def layer(form: str) -> fastpar.Captured:
+    torch.manual_seed(0)
+    model = Two(form).double().eval().requires_grad_(False)
+    shown = torch.ones(B, N, dtype=torch.bool)
+    shown[0, 20:] = False
+    args = torch.randn(B, N, 12, dtype=F64), shown
+    found = fastpar.capture(model, args)
+    close(found.outputs, model(*args))
+    return found
+
+
+PLANS = "ulysses=2 ulysses=3 ring=3 torus=4 gather=5 ulysses=2,ring=2 tp=3 cfg=2 cfg=2,ulysses=2".split()
+
+
+@pytest.mark.parametrize("form", MODELS)
+@pytest.mark.parametrize("plan", PLANS)
+def test_every_plan_splits_it(form, plan):
+    found = layer(form)
+    assert attentions(found.programs[0].program) == 2
+    report = fastpar.verify(found, plan=plan)
+    assert report.ok, (report.max_rel_err, report.diverged_at)
+    assert not report.fallbacks and report.flops_share <= 1.15 * report.attainable_share
+
+
+@pytest.mark.parametrize("form", NO_MODELS)
+def test_what_is_no_attention_stays(form):
+    found = layer(form)
+    assert attentions(found.programs[0].program) == 0 and not found.programs[0].program.notes
+    report = fastpar.verify(found, plan="gather=3")
+    assert report.ok and not report.fallbacks and report.flops_share <= 1.15 * report.attainable_share

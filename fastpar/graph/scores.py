@@ -16,11 +16,13 @@ Anything else is not taken.
 
 **Dtypes.** The attention has the dtype in which queries, keys and values were made: casts to a wider one after that
 change no number, and what they are for, wide sums, kernels have inside. A mask of a wider dtype makes it as wide,
-except where it only hides.
+except where it only hides. Scores or probabilities that are cast to a narrower dtype than queries, keys, values and
+result have, as float64 models do with a softmax in float32, make it as narrow.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -100,12 +102,8 @@ class _Writer:
         it = self.it
         self.q, self.k = self._matrices(it.q), self._matrices(it.k)
         v = self._matrices(it.v)
-        wide = _made(it.q.node), _made(it.k.node), _made(it.v.node)
-        dtype = wide[0]
-        for other in (*wide[1:], *self._mask_dtypes()):
-            dtype = torch.promote_types(dtype, other)
-        self.dtype = dtype
-        self.low = float(torch.finfo(dtype).min)
+        dtype = self._dtype()
+        self.dtype, self.low = dtype, float(torch.finfo(dtype).min)
         for step in self.steps:
             if isinstance(step, Times):
                 self._times(step)
@@ -130,6 +128,14 @@ class _Writer:
             out = self._emit(aten.add.Tensor, out, self._cast(nan, dtype))
         out = self._cast(out, it.product.meta["val"].dtype)
         return self._as_product(out)
+
+    def _dtype(self) -> torch.dtype:
+        it = self.it
+        dtype = _widest(_made(it.q.node), _made(it.k.node), _made(it.v.node))
+        narrow = min(it.dtypes, key=lambda d: torch.finfo(d).bits)
+        if torch.finfo(narrow).bits < min(torch.finfo(d).bits for d in (dtype, it.product.meta["val"].dtype)):
+            return narrow
+        return _widest(dtype, *self._mask_dtypes())
 
     def _hidden_rows(self) -> fx.Node | None:
         """Rows in which every key is hidden get what eager gives; what is to be added to the result for it."""
@@ -233,15 +239,12 @@ class _Writer:
 
     def _matrices(self, operand: Operand) -> fx.Node:
         """An operand as ``[*lead, rows or keys, width]``."""
-        node = operand.node
-        batch = leaves(operand.batch)
-        matrix = shape_of(node)[-2:]
-        if batch != [axis for group in self.lead for axis in group]:  # another order: part, permute
-            node = self._view(node, [*(a.size for a in batch), *matrix])
-            order = [batch.index(axis) for group in self.lead for axis in group]
-            node = self._emit(aten.permute.default, node, [*order, len(batch), len(batch) + 1])
-        node = self._view(node, [*map(size_of, self.lead), *matrix])
-        return self._turn(node) if operand.turned else node
+        node, have = operand.node, leaves(axis for dim in operand.dims for axis in dim)
+        want = [*(axis for group in self.lead for axis in group), *leaves(operand.rows), *leaves(operand.width)]
+        node = self._view(node, [axis.size for axis in have])
+        if have != want:
+            node = self._emit(aten.permute.default, node, [have.index(axis) for axis in want])
+        return self._view(node, [*map(size_of, self.lead), *operand.sizes])
 
     def _placed(self, value: Any, dims: Dims) -> fx.Node:
         """What broadcasts to scores of ``dims``, as ``[*lead, rows, keys]`` with 1 for what it does not depend on."""
@@ -338,6 +341,10 @@ def _finite(value: Any) -> bool:
     return known is not None and math.isfinite(known)
 
 
+def _widest(*dtypes: torch.dtype) -> torch.dtype:
+    return functools.reduce(torch.promote_types, dtypes)
+
+
 def _made(node: fx.Node) -> torch.dtype:
     """The dtype in which the numbers of ``node`` were made, before they were cast to a wider one."""
     dtype: torch.dtype = node.meta["val"].dtype
@@ -361,8 +368,15 @@ def _lead(written: Written) -> list[list[Axis]]:
         if any((a in used) != (b in used) for used in uses):
             break
         groups[:2] = [groups[0] + groups[1]]
-    one = next(iter(shape_of(written.q.node)[:-2][::-1]), 0) == 1  # an attention of one head
-    return [[]] * (2 - len(groups)) + groups if not (one and len(groups) == 1) else [*groups, []]
+    if len(groups) == 1 and _has_one_head(written.q):
+        return [*groups, []]
+    return [[]] * (2 - len(groups)) + groups
+
+
+def _has_one_head(q: Operand) -> bool:
+    """Whether there is a dimension of one where the heads would be, behind the batch."""
+    batch = [d for d, dim in enumerate(q.dims) if set(leaves(dim)) & set(leaves(q.batch))]
+    return len(q.dims) == 4 and batch == [0]
 
 
 def _uses(step: Any) -> set[Axis]:

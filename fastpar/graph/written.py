@@ -87,17 +87,20 @@ Step = Times | Plus | Fill
 
 @dataclass(frozen=True)
 class Operand:
-    """A matrix per batch: ``node [*batch, rows, columns]``, to be transposed where ``turned``. ``batch``: its axes."""
+    """A matrix per batch: ``node``, of whose dimensions ``dims`` are the axes, and which of them are whose."""
 
     node: fx.Node
-    turned: bool
+    dims: Dims
     batch: tuple[Axis, ...]
+    rows: tuple[Axis, ...]
+    width: tuple[Axis, ...]
+    sizes: tuple[int, int]  # rows, width
 
 
 @dataclass(frozen=True)
 class Written:
-    """A written-out attention: ``q``, ``k``, ``v`` as ``[*batch, rows or keys, width]``, what is done to the scores,
-    and the product with the values, of which ``turned`` says that it is ``[*batch, width, rows]``."""
+    """A written-out attention: ``q``, ``k``, ``v``, whose rows are queries or keys, what is done to the scores, and the
+    product with the values, of which ``turned`` says that it is ``[*batch, width, rows]``."""
 
     softmax: fx.Node
     product: fx.Node
@@ -109,6 +112,7 @@ class Written:
     keys: tuple[Axis, ...]
     steps: tuple[Step, ...]
     sizes: tuple[int, int]  # rows, keys
+    dtypes: tuple[torch.dtype, ...]  # of scores and probabilities
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...]:
@@ -207,24 +211,32 @@ class Reader:
         every = tuple(axis for dim in batch for axis in dim)
         return Written(
             softmax, product, at == 1,
-            q=_operand(q, swapped, every), k=_operand(k, not swapped, every), v=_operand(value, at == 1, tuple(lead)),
-            rows=tuple(rows), keys=tuple(keys), steps=tuple(steps),
+            q=_operand(q, swapped, every, rows), k=_operand(k, not swapped, every, keys),
+            v=_operand(value, at == 1, tuple(lead), keys),
+            rows=rows, keys=keys, steps=tuple(steps),
             sizes=(breadth, height) if swapped else (height, breadth),
+            dtypes=tuple(n.meta["val"].dtype for n in (*path, softmax, *onward[:-1])),
         )  # fmt: skip
 
     def _other(self, k: fx.Node, swapped: bool) -> bool:
         """Whether the keys are weights, or channels that are compared over tokens."""
         if k not in self.varying:
             return True
-        rank, shape = len(shape_of(k)), shape_of(k)
+        rank = len(shape_of(k))
         keys, width = (rank - 2, rank - 1) if swapped else (rank - 1, rank - 2)
+        return self._of_weights(k, keys) and not self._of_weights(k, width)
 
-        def of_weights(dim: int) -> bool:
-            """Whether a dimension of k is that of weights, as the columns of a linear layer are."""
-            seeds = self.walk.seeds(k, Pos(dim, 1, shape[dim], 1)) if shape[dim] > 1 else ()
-            return bool(seeds) and not any(seed.node in self.varying for seed in seeds)
-
-        return of_weights(keys) and not of_weights(width)
+    def _of_weights(self, node: fx.Node, dim: int) -> bool:
+        """Whether a dimension is one that weights have, as the columns of a linear layer are."""
+        rows = shape_of(node)[dim]
+        seeds = self.walk.seeds(node, Pos(dim, 1, rows, 1)) if rows > 1 else frozenset()
+        found = [
+            self._of_weights(seed.node.args[0], seed.pos.dim)  # type: ignore[arg-type]
+            if seed.node.target is aten.slice.Tensor and seed.node.args[1] == seed.pos.dim  # one of q, k and v together
+            else seed.node not in self.varying
+            for seed in seeds
+        ]
+        return bool(found) and all(found)
 
 
 def _paths(node: Any, depth: int) -> Iterator[list[fx.Node]]:
@@ -304,22 +316,31 @@ def _onward(softmax: fx.Node) -> list[fx.Node] | None:
     return [*path, next(user for user in node.users if user.target in _MATRICES)]
 
 
-def _operand(node: fx.Node, turned: bool, batch: tuple[Axis, ...]) -> Operand:
-    """The same matrices as far back as views and copies alone lead, their batch parted as there; ``turned`` for those
-    that lie as columns."""
-    while node.target in (aten.permute.default, aten.view.default, aten.clone.default, aten.alias.default):
+def _operand(node: fx.Node, turned: bool, batch: tuple[Axis, ...], rows: tuple[Axis, ...]) -> Operand:
+    """The operand ``node`` of a product (``turned``: its rows lie as columns), as far back as views, permutations and
+    copies alone lead to a tensor in which no dimension mixes batch, rows and width. Parts the batch as that does."""
+    height, breadth = shape_of(node)[-2:]
+    sizes = (breadth, height) if turned else (height, breadth)
+    width = tuple(axis for dim in dims_of(sizes[1:]) for axis in dim)
+    dims: Dims = (width, rows) if turned else (rows, width)
+    if len(shape_of(node)) == 3:
+        dims = (batch, *dims)
+    best = node, dims
+    while node.target in VIEWS:
         source = node.args[0]
         assert isinstance(source, fx.Node)
-        before, now = shape_of(source), shape_of(node)
         if node.target is aten.permute.default:
-            order = [d % len(now) for d in node.args[1]]  # type: ignore[union-attr]
-            last = len(now) - 1
-            if order != [*range(last - 1), last, last - 1]:
-                break
-            turned = not turned
-        elif len(before) < 2 or before[-2:] != now[-2:]:
+            order = [d % len(dims) for d in node.args[1]]  # type: ignore[union-attr]
+            dims = tuple(dims[order.index(d)] for d in range(len(order)))
+        elif source.meta["val"].numel() != node.meta["val"].numel():
             break
-        elif len(before) < len(now) or viewed([batch], before[:-2]) is None:
-            break  # nothing that parts the batch further
+        else:
+            before = viewed(dims, shape_of(source))
+            if before is None:
+                break
+            dims = before
         node = source
-    return Operand(node, turned, batch)
+        if any(sum(bool(set(leaves(dim)) & set(leaves(own))) for own in (batch, rows, width)) > 1 for dim in dims):
+            break
+        best = node, dims
+    return Operand(*best, batch, rows, width, sizes)
