@@ -9,11 +9,19 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models import attention_processor
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 import fastpar
 from fastpar.graph.program import Program
 from fastpar.ops.attention import attention
+from tests import zoo
+from tests.blocks import BLOCKS
+from tests.programs import Recipe, build
+from tests.prove import Way, prove
+from tests.test_unets import autoencoder_kl, unet_2d_condition
 
 torch.set_num_threads(1)
 F64 = torch.float64
@@ -305,7 +313,8 @@ class Layer(nn.Module):
         super().__init__()
         self.form, self.heads = form, heads
         self.inner, self.outer = nn.Linear(heads * width, 3 * heads * width), nn.Linear(heads * width, heads * width)
-        self.temperature, self.positions = nn.Parameter(torch.rand(heads, 1, 1)), nn.Parameter(torch.randn(heads, 40, 40))
+        self.temperature = nn.Parameter(torch.rand(heads, 1, 1))
+        self.positions = nn.Parameter(torch.randn(heads, 40, 40))
         self.codes = nn.Parameter(torch.randn(11, heads * width))
 
     def forward(self, x: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
@@ -402,4 +411,83 @@ def test_what_is_no_attention_stays(form):
     found = layer(form)
     assert attentions(found.programs[0].program) == 0 and not found.programs[0].program.notes
     report = fastpar.verify(found, plan="gather=3")
+    assert report.ok and not report.fallbacks
+    if form != "channels":  # whose largest softmax is over channels, so that those are split
+        assert report.flops_share <= 1.15 * report.attainable_share
+
+
+@settings(max_examples=12, suppress_health_check=list(HealthCheck), deadline=None, print_blob=False)
+@given(
+    st.fixed_dictionaries({name: st.sampled_from(values) for name, values in BLOCKS["decomposed"].options.items()}),
+    st.tuples(st.sampled_from((1, 2, 3)), st.sampled_from((2, 5, 7, 13)), st.sampled_from((1, 2, 3))),
+    st.sampled_from(("ulysses=2", "ulysses=3", "ring=3", "torus=2", "gather=4", "tp=2", "ulysses=2,ring=2")),
+)
+def test_any_form_under_any_plan(options: dict[str, Any], sizes: tuple[int, int, int], plan: str) -> None:
+    batch, tokens, heads = sizes
+    case = build(Recipe(batch, tokens, heads=heads, steps=(("decomposed", options),)))
+    assert attentions(case.program) == (options["how"] != "capped")
+    prove(case, Way.of(plan, case.program))
+
+
+# -- diffusers' models -------------------------------------------------------------------------
+
+
+@lru_cache
+def film() -> fastpar.Captured:
+    case = zoo.CASES["T5FilmDecoder"]
+    found = fastpar.capture(case.build(), case.inputs())
+    close(found.outputs, case.build()(**case.inputs()))
+    return found
+
+
+@pytest.mark.parametrize("plan", ["ulysses=3", "ring=2", *(pytest.param(p, marks=pytest.mark.slow) for p in (
+    "ulysses=4", "gather=3", "ring=3", "ulysses=2,ring=2", "torus=3", "tp=3", "cfg=2"))])  # fmt: skip
+def test_t5_film_decoder(plan):
+    found = film()
+    assert attentions(found.programs[0].program) == 4
+    report = fastpar.verify(found, plan=plan)
     assert report.ok and not report.fallbacks and report.flops_share <= 1.15 * report.attainable_share
+
+
+PROCESSORS: dict[str, Callable[[], Any]] = {
+    "legacy": lambda: attention_processor.AttnProcessor(),
+    "sliced": lambda: attention_processor.SlicedAttnProcessor(2),
+}
+
+
+@lru_cache
+def unet(processor: str) -> tuple[fastpar.Captured, int]:
+    """A U-Net with a prompt that is masked, captured; and how many attentions it has."""
+    torch.manual_seed(0)
+    model, inputs = unet_2d_condition()
+    model = model.double().eval().requires_grad_(False)
+    model.set_attn_processor(PROCESSORS[processor]())
+    inputs["encoder_attention_mask"] = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 0, 0, 0]])
+    found = fastpar.capture(model, inputs)
+    close(found.outputs[0], model(**inputs)[0])
+    return found, sum(isinstance(m, attention_processor.Attention) for m in model.modules())
+
+
+@pytest.mark.parametrize("processor, plan", [
+    ("legacy", "ulysses=2"),
+    *(pytest.param("legacy", p, marks=pytest.mark.slow) for p in (
+        "ulysses=3", "gather=3", "ring=3", "ulysses=2,ring=2", "torus=2", "tp=2", "cfg=2")),
+    *(pytest.param("sliced", p, marks=pytest.mark.slow) for p in ("ulysses=3", "ring=3", "tp=2")),
+])  # fmt: skip
+def test_a_unet_with_processors_that_write_it_out(processor, plan):
+    found, count = unet(processor)
+    assert attentions(found.programs[0].program) == (count if processor == "legacy" else 2 * count)
+    report = fastpar.verify(found, plan=plan)
+    assert report.ok and not report.fallbacks, (report.max_rel_err, report.fallbacks)
+    assert report.flops_share <= 1.15 * report.attainable_share
+
+
+@pytest.mark.parametrize("dtype", [F64, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
+def test_an_autoencoder_with_a_softmax_in_float32(dtype):
+    torch.manual_seed(0)
+    model, inputs = autoencoder_kl()
+    model = model.to(dtype).eval().requires_grad_(False)
+    model.set_attn_processor(attention_processor.AttnProcessor())
+    report = fastpar.verify(model, {n: x.to(dtype) for n, x in inputs.items()}, plan="ring=2")
+    assert report.ok, (report.max_rel_err, report.notes)
+    assert not report.fallbacks
