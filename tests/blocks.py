@@ -407,17 +407,30 @@ def factorised(s: State, pick: int = 0, how: str = "merged") -> None:
     s.x = s.x + x.reshape(b, n, c)
 
 
-@_into(BLOCKS, weight=2, how=("matmul", "bmm", "baddbmm"))
-def decomposed(s: State, how: str = "matmul") -> None:
-    """Scores, softmax and product written out."""
+@_into(BLOCKS, weight=2, how=("matmul", "bmm", "baddbmm", "columns", "capped"),
+       mask=("none", "bias", "hidden", "padding", "temperature"))
+def decomposed(s: State, how: str = "matmul", mask: str = "none") -> None:
+    """Scores, softmax and product written out. Where the scores are capped, they are no attention."""
     b, n, c = s.x.shape
     q, k, v = (s.split_heads(s.linear(s.norm(s.x), c)) for _ in range(3))
-    if how != "matmul":
+    if how in ("bmm", "baddbmm", "columns"):
         q, k, v = (y.reshape(b * s.heads, n, s.width) for y in (q, k, v))
     if how == "baddbmm":
         scores = torch.baddbmm(s.make.user(1, 1, n), q, k.transpose(-1, -2), beta=1, alpha=0.4)
+    elif how == "columns":
+        scores = (k @ q.transpose(-1, -2)).transpose(-1, -2) / 2
     else:
         scores = q @ k.transpose(-1, -2) * 0.4
+    if how == "capped":
+        scores = 3 * torch.tanh(scores / 3)
+    if mask == "bias":
+        scores = scores + s.make.user(n, n)
+    elif mask == "hidden":  # from some queries all keys
+        scores = scores.masked_fill(s.make.user(n, n) > 0.5, -1e9)
+    elif mask == "padding":
+        scores = scores.masked_fill(s.make.user(n) > 0.5, -1e9) * 0.5
+    elif mask == "temperature":
+        scores = scores * s.make.user(n, 1)
     out = scores.softmax(-1) @ v
     s.x = s.x + s.linear(merge_heads(out.reshape(b, s.heads, n, s.width)), c)
 

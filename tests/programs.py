@@ -23,6 +23,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from fastpar.graph.decompose import TABLE
 from fastpar.graph.program import Input, Kind, Program
+from fastpar.graph.scores import replace_written
 from fastpar.graph.tidy import tidy
 from tests.blocks import BLOCKS, ENDS, STARTS, Option, State
 
@@ -131,10 +132,12 @@ def traced(
         expected = tuple(function(*args))
         gm = make_fx(function, decomposition_table=dict(table), tracing_mode="fake")(*args)
     tidy(gm)
+    inputs = inputs or [Input(f"user{i}", "user") for i in range(len(args))]
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    replace_written(gm, {n for n, i in zip(placeholders, inputs, strict=True) if i.kind != "user"})
     output = gm.graph.output_node()
     output.args = (tuple(output.args[0]),)
     gm.recompile()
-    inputs = inputs or [Input(f"user{i}", "user") for i in range(len(args))]
     return Case(recipe, Program(gm, tuple(inputs)), list(args), expected)
 
 

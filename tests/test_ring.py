@@ -83,6 +83,23 @@ def test_merged_blocks_are_the_whole_attention(dtype: torch.dtype, cut: int) -> 
     assert total[1][0, 0, 2] == -math.inf
 
 
+@pytest.mark.parametrize("plan", ["ring=3", "torus=4"])
+def test_keys_that_lie_as_columns(plan: str) -> None:
+    """The kernels that give a log-sum-exp take the width to be what lies side by side, and do not look."""
+
+    def function(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        k, v = (y.transpose(-1, -2).contiguous().transpose(-1, -2) for y in (k, v))
+        return F.scaled_dot_product_attention(q, k, v)
+
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 37, 4, dtype=torch.float64) for _ in range(3))
+    report = fastpar.verify(function, (q, k, v), plan)
+    assert report.ok, report.diverged_at
+    q, k, v = (x[..., :n, :] for x, n in ((q, 37), (k, 11), (v, 11)))
+    k, v = (y.transpose(-1, -2).contiguous().transpose(-1, -2) for y in (k, v))
+    torch.testing.assert_close(attention_lse(q, k, v)[0], F.scaled_dot_product_attention(q, k, v))
+
+
 def test_a_block_without_keys_weighs_nothing() -> None:
     q = torch.randn(1, 1, 3, 4)
     out, lse = attention_lse(q, q[:, :, :0], q[:, :, :0])

@@ -35,6 +35,7 @@ from fastpar.graph.modules import name_modules
 from fastpar.graph.normalise import keep_whole
 from fastpar.graph.program import Input, Kind, Program, copy_module, source_line
 from fastpar.graph.scalars import floats_as_tensors, scalar_tensors_stay
+from fastpar.graph.scores import replace_written
 from fastpar.graph.tidy import tidy
 
 Runner = Callable[[list[Any]], Sequence[Any]]
@@ -221,10 +222,12 @@ def _program(flat: fx.GraphModule, described: Sequence[Input], notes: Sequence[s
         inputs.append(described[index] if index is not None else Input(node.name, "user"))
     name_modules(flat.graph)
     tidy(flat)
+    held = {n for n, i in zip(flat.graph.find_nodes(op="placeholder"), inputs, strict=True) if i.kind != "user"}
+    notes = [*notes, *replace_written(flat, held)]
     output = flat.graph.output_node()
     output.args = (tuple(output.args[0]),)
     flat.recompile()
-    return Program(flat, tuple(inputs), notes=list(notes))
+    return Program(flat, tuple(inputs), notes=notes)
 
 
 def _origin(desc: Any, position: int) -> int | None:

@@ -92,6 +92,8 @@ def _same_as(node: fx.Node, escapes: bool) -> fx.Node | None:
         origin = source.args[0]
         if origin.meta["val"].shape == value.shape:  # there and back
             node.args, source = (origin, *node.args[1:]), origin
+    if target is aten.clone.default and node.kwargs.get("memory_format") is torch.contiguous_format:
+        source = _without_copy(node, source)
     before = source.meta.get("val")
     if not isinstance(before, torch.Tensor) or not _same_memory(before, value):
         return None
@@ -104,6 +106,20 @@ def _same_as(node: fx.Node, escapes: bool) -> fx.Node | None:
         one = node.args[1]  # floats_as_tensors multiplies inputs by one
         return source if isinstance(one, fx.Node) and _is_one(one) and not escapes else None
     return None
+
+
+def _without_copy(node: fx.Node, source: fx.Node) -> fx.Node:
+    """What to make contiguous in place of ``source``, where that is a copy, or a permutation of one."""
+    if source.target is aten.clone.default:
+        node.args = source.args
+    elif source.target is aten.permute.default and source.args[0].target is aten.clone.default:  # type: ignore[union-attr]
+        copied: fx.Node = source.args[0].args[0]  # type: ignore[union-attr, assignment]
+        with node.graph.inserting_before(node):
+            turned = node.graph.call_function(aten.permute.default, (copied, source.args[1]))
+        turned.meta = {k: v for k, v in source.meta.items() if k != "tensor_meta"}
+        turned.meta["val"] = copied.meta["val"].permute(source.args[1])
+        node.args = (turned,)
+    return node.args[0]  # type: ignore[return-value]
 
 
 def _same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -6,8 +6,8 @@ value is a **seed**, the earliest place where a whole value can be cut into part
 seeds found from the same attentions is a **candidate**; factorised attention (space, then
 time) gives several, and the shard pass chooses by predicted cost.
 
-A program without attention is split along the rows of its largest softmax, which is an attention that is written out,
-or else along the rows of its heaviest product.
+A program without attention is split along the rows of its largest softmax, which is an attention that is written out
+in a way that capture does not take, or else along the rows of its heaviest product.
 """
 
 from __future__ import annotations
