@@ -203,7 +203,7 @@ def dreamlite(k: Knobs) -> Spec:
 
 @entry("Kandinsky3UNet", "image", (24, 40), fixed=("size",))
 def kandinsky3(k: Knobs) -> Spec:
-    """Exactly four levels, so sizes are multiples of 8. The prompt is pooled into the time, with a mask."""
+    """Four levels of two layers at least, so sizes are multiples of 8. A masked prompt is pooled into the time."""
 
     def inputs(d: Draw) -> dict[str, Any]:
         return dict(
@@ -218,8 +218,8 @@ def kandinsky3(k: Knobs) -> Spec:
         time_embedding_dim=24,
         groups=2,
         attention_head_dim=8,
-        layers_per_block=1,
-        block_out_channels=(12, 24, 48, 96),
+        layers_per_block=2,
+        block_out_channels=(12, 24, 24, 48),
         cross_attention_dim=24,
         encoder_hid_dim=20,
     )
