@@ -94,6 +94,8 @@ WINDOWS = {
     "average of all": (nn.AdaptiveAvgPool2d(1), 2),
     "replicated rows": (nn.Sequential(nn.ReplicationPad2d((1, 2, 2, 1)), nn.Conv2d(8, 6, 3)), 2),
     "replicated frames": (nn.Sequential(nn.ReplicationPad3d((1, 1, 1, 1, 2, 0)), nn.Conv3d(8, 6, 3)), 3),
+    "repeated to an odd size": (nn.Sequential(nn.Upsample(size=(17, 11)), nn.Conv2d(8, 6, 3, 1, 1)), 2),
+    "repeated two or three times": (nn.Upsample(size=(25, 14), mode="nearest-exact"), 2),
     "distances": (Codebook(), 2),
 }
 

@@ -333,7 +333,7 @@ def amused(k: Knobs) -> Spec:
             input_ids=d.integers(19, k.batch, *k.size),
             encoder_hidden_states=d.randn(k.batch, k.text, 20),
             pooled_text_emb=d.randn(k.batch, 12),
-            micro_conds=d.times(5 * k.batch, 64.0).reshape(k.batch, 5),
+            micro_conds=d.times(5 * k.batch, 8.0).reshape(k.batch, 5),
         )
 
     config = dict(
