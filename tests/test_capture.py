@@ -225,6 +225,22 @@ def test_unet_with_number_timesteps(kind):
     assert {i.name for i in backend.programs[-1].inputs if i.kind == "user"} == set(inputs)
 
 
+class Tokens(nn.Module):
+    """torch's own attention, tokens first; its memory is in an order that is neither heads nor tokens first."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(12, 3)
+
+    def forward(self, x):
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+def test_attention_of_torch_itself_keeps_its_strides():
+    found = checked(Tokens().double().eval().requires_grad_(False), {"x": tensor(5, 2, 12)})
+    assert targets(found)[str(attention)] == 1
+
+
 # Refusals.
 
 

@@ -94,6 +94,8 @@ WINDOWS = {
     "average of all": (nn.AdaptiveAvgPool2d(1), 2),
     "replicated rows": (nn.Sequential(nn.ReplicationPad2d((1, 2, 2, 1)), nn.Conv2d(8, 6, 3)), 2),
     "replicated frames": (nn.Sequential(nn.ReplicationPad3d((1, 1, 1, 1, 2, 0)), nn.Conv3d(8, 6, 3)), 3),
+    "repeated to an odd size": (nn.Sequential(nn.Upsample(size=(17, 11)), nn.Conv2d(8, 6, 3, 1, 1)), 2),
+    "repeated two or three times": (nn.Upsample(size=(25, 14), mode="nearest-exact"), 2),
     "distances": (Codebook(), 2),
 }
 
@@ -128,3 +130,44 @@ def test_causal_masks_follow_their_rows_and_means_count_all_of_them(plan: str) -
     report = fastpar.verify(Causal().double().eval(), (torch.randn(2, 11, 12, dtype=torch.float64),), plan=plan)
     assert report.ok, report.diverged_at
     assert report.flops_share < 0.62
+
+
+class Adapters(nn.Module):
+    """Two pictures with a network each, whose features are only added at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Sequential(nn.Conv2d(3, 8, 3, 1, 1), nn.Conv2d(8, 8, 3, 2, 1)) for _ in range(2))
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return self.first(x) + 0.5 * self.second(y)
+
+
+def test_networks_that_only_meet_at_the_end_are_all_split() -> None:
+    torch.manual_seed(0)
+    pictures = tuple(torch.randn(1, 3, 24, 10, dtype=torch.float64) for _ in range(2))
+    report = fastpar.verify(Adapters().double().eval().requires_grad_(False), pictures, plan="gather=3")
+    assert report.ok and not report.fallbacks
+    assert report.attainable_share < 0.34
+    assert report.flops_share < 1.1 * report.attainable_share
+
+
+class WrittenAttention(nn.Module):
+    """Convolutions at full resolution, a pooling that needs all rows, then an attention that is written out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = nn.Sequential(nn.Conv1d(4, 32, 5, 1, 2), nn.SiLU(), nn.Conv1d(32, 8, 5, 1, 2))
+        self.down = nn.AdaptiveAvgPool1d(23)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.down(self.wide(x)).transpose(1, 2)
+        return y + torch.softmax(y @ y.transpose(1, 2), dim=-1) @ y
+
+
+def test_what_comes_before_an_attention_that_is_written_out_is_split_too() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(1, 4, 48, dtype=torch.float64)
+    report = fastpar.verify(WrittenAttention().double().eval().requires_grad_(False), (x,), plan="gather=3")
+    assert report.ok, report.diverged_at
+    assert report.flops_share < 0.5

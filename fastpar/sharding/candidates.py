@@ -7,14 +7,15 @@ seeds found from the same attentions is a **candidate**; factorised attention (s
 time) gives several, and the shard pass chooses by predicted cost.
 
 A program without attention is split along the rows of its largest softmax, which is an attention that is written out
-in a way that capture does not take, or else along the rows of its heaviest product.
+in a way that capture does not take, or of its heaviest convolution; one without either along the rows of its heaviest
+product.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from operator import getitem
 
@@ -118,9 +119,9 @@ def find(graph: fx.Graph) -> list[Candidate]:
             q = call.shapes[0]
             if q[-2] > 1:
                 found.append((walk.seeds(call.operands[0], Pos(len(q) - 2, 1, q[-2], 1)), node))
-    if not found:
-        return _without_attention(graph, walk)
-    candidates = _merge(found)
+    candidates = _merge(found) if found else _rows_of_softmax(graph, walk)
+    if not candidates:
+        return _rows_of_product(graph, walk)
     # Rows of an attention in the middle of a U-Net or an autoencoder lead back to where rows were last made fewer; what
     # comes before, at full resolution, is most of the work, and its rows lead to the input.
     heaviest = _heaviest(graph, walk, ("aten::convolution",))
@@ -181,15 +182,19 @@ def _is_softmax(call: Call) -> bool:
     return bool(call.arg(1, "dim") % len(call.shape) == len(call.shape) - 1)
 
 
-def _without_attention(graph: fx.Graph, walk: Walk) -> list[Candidate]:
-    """Rows of the largest softmax over scores, else of the heaviest product: there is no attention to start from."""
+def _rows_of_softmax(graph: fx.Graph, walk: Walk) -> list[Candidate]:
+    """Rows of the largest softmax over scores."""
     scores = [n for n in graph.nodes if n.op == "call_function" and _is_softmax(walk.call(n))]
-    if scores:
-        largest = max(scores, key=lambda n: math.prod(walk.call(n).shape))
-        shape = walk.call(largest).shape
-        seeds = walk.seeds(largest, Pos(len(shape) - 2, 1, shape[-2], 1))
-        if seeds:
-            return [Candidate(tuple(seeds), ())]
+    if not scores:
+        return []
+    largest = max(scores, key=lambda n: math.prod(walk.call(n).shape))
+    shape = walk.call(largest).shape
+    seeds = walk.seeds(largest, Pos(len(shape) - 2, 1, shape[-2], 1))
+    return [Candidate(tuple(seeds), ())] if seeds else []
+
+
+def _rows_of_product(graph: fx.Graph, walk: Walk) -> list[Candidate]:
+    """Rows of the heaviest product: there is no attention to start from."""
     heaviest = _heaviest(graph, walk, ("aten::mm", "aten::addmm", "aten::bmm", "aten::convolution"))
     if heaviest is None:
         return []
@@ -200,12 +205,14 @@ def _without_attention(graph: fx.Graph, walk: Walk) -> list[Candidate]:
     return [Candidate(tuple(seeds), ())] if seeds else []
 
 
-def _heaviest(graph: fx.Graph, walk: Walk, names: Sequence[str]) -> fx.Node | None:
-    """The product of one of these names with the most work, among those with rows to split."""
+def _heaviest(
+    graph: fx.Graph, walk: Walk, names: Sequence[str], beside: Collection[fx.Node] = ()
+) -> fx.Node | None:
+    """The product of one of these names with the most work, among those with rows to split and not ``beside``."""
     best: tuple[int, fx.Node] | None = None
     for node in graph.nodes:
         value = node.meta.get("val")
-        if node.op != "call_function" or not isinstance(value, torch.Tensor) or value.dim() < 2:
+        if node.op != "call_function" or not isinstance(value, torch.Tensor) or value.dim() < 2 or node in beside:
             continue
         call = walk.call(node)
         if call.name not in names or not known(call.name):
@@ -223,8 +230,29 @@ def _rows_of_convolution(node: fx.Node, walk: Walk) -> list[Candidate]:
     """A candidate for each dimension of a convolution's rows, the largest first."""
     shape = [int(n) for n in node.meta["val"].shape]
     dims = sorted((d for d in range(2, len(shape)) if shape[d] > 1), key=lambda d: -shape[d])
-    found = [walk.seeds(node, Pos(d, 1, shape[d], 1)) for d in dims]
+    found = [_with_branches(node.graph, walk, walk.seeds(node, Pos(d, 1, shape[d], 1)), d) for d in dims]
     return [Candidate(_ordered(node.graph, seeds), ()) for seeds in found if seeds]
+
+
+def _with_branches(graph: fx.Graph, walk: Walk, seeds: Iterable[Seed], dim: int) -> set[Seed]:
+    """``seeds`` and those of convolutions that none of them leads to, along the same dimension.
+
+    Several pictures may each have a network of their own (adapters, ControlNets), which meet at the end only.
+    """
+    joined = set(seeds)
+    while joined:
+        reached = {s.node for s in joined}
+        for node in graph.nodes:
+            if any(n in reached for n in node.all_input_nodes):
+                reached.add(node)
+        other = _heaviest(graph, walk, ("aten::convolution",), beside=reached)
+        if other is None or other.meta["val"].dim() <= dim:
+            break
+        more = walk.seeds(other, Pos(dim, 1, int(other.meta["val"].shape[dim]), 1))
+        if not more or _contradict(joined, more):
+            break
+        joined |= more
+    return joined
 
 
 def _ordered(graph: fx.Graph, seeds: Iterable[Seed]) -> tuple[Seed, ...]:

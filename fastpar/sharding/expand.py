@@ -23,7 +23,7 @@ from fastpar.core.mesh import Mesh
 from fastpar.ops.redistribute import redistribute
 from fastpar.rules import Call, rule_for
 from fastpar.rules.spatial import CONVOLUTION, GroupNormRule, contracts, pad_arguments, padded
-from fastpar.sharding import expand_reduce, expand_rows, expand_spatial
+from fastpar.sharding import expand_reduce, expand_resample, expand_rows, expand_spatial
 
 Written = Callable[..., Any]  # takes the operator's own arguments
 aten = torch.ops.aten
@@ -149,6 +149,7 @@ def _causal(call: Call, layouts: Sequence[Layout], mesh: Mesh) -> Written | None
 
 _TABLE: dict[str, Callable[[Call, Sequence[Layout], Mesh], Written | None]] = {
     **expand_reduce.TABLE,
+    **expand_resample.TABLE,
     **expand_rows.TABLE,
     **expand_spatial.TABLE,
     "aten::convolution": _convolution,

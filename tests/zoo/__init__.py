@@ -1,4 +1,4 @@
-"""A zoo of tiny random diffusion transformers: one case or more for every class that diffusers exports.
+"""A zoo of tiny random models: one case or more for every model class that diffusers exports.
 
     case = zoo.CASES["FluxTransformer2DModel"]
     model = case.build(dtype=torch.float64, seed=0)
@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import importlib
 
-from .registry import CASES, UNAVAILABLE, Case, Draw, Knobs, missing, transformer_classes
+from .registry import CASES, UNAVAILABLE, Case, Draw, Knobs, missing, model_classes
 
 _IMAGES = ("images", "flux", "joint", "sequences")
 _VIDEOS = ("videos", "wan", "hunyuan", "kandinsky", "multimodal")
-for _family in (*_IMAGES, *_VIDEOS, "audio", "older"):
+_OTHERS = ("audio", "older", "unets", "unets_time", "controlnets", "conditioners")
+for _family in (*_IMAGES, *_VIDEOS, *_OTHERS):
     importlib.import_module(f".{_family}", __name__)
 
-__all__ = ["CASES", "UNAVAILABLE", "Case", "Draw", "Knobs", "missing", "transformer_classes"]
+__all__ = ["CASES", "UNAVAILABLE", "Case", "Draw", "Knobs", "missing", "model_classes"]

@@ -8,7 +8,7 @@ import traceback
 
 import torch
 
-from . import CASES, UNAVAILABLE, missing, transformer_classes
+from . import CASES, UNAVAILABLE, missing, model_classes
 from .check import check
 
 
@@ -33,7 +33,7 @@ def main() -> int:
         row = f"{r.params:8,} {r.tokens:6} {r.seconds:8.3f} {r.graphs:6} {r.error:8.1e}"
         print(f"{case.name:45} {case.family:6} {row} {'; '.join(r.problems)}", flush=True)
 
-    classes, gone = transformer_classes(), missing()
+    classes, gone = model_classes(), missing()
     print(f"\n{len(chosen)} cases, {bad} bad; {len(classes)} exported classes, {len(gone)} without a case")
     for name in gone:
         print(f"no case: {name}")

@@ -54,8 +54,11 @@ def lost(cases: Cases) -> Iterator[str]:
 
 
 def tolerance(dtype: str) -> float:
-    """How far captured graphs may be from eager: the same operators in other kernels, some in float32 in any case."""
-    return 1e-7 if dtype == "float64" else 1e-5
+    """How far captured graphs may be from eager: the same operators in other kernels, some in float32 in any case.
+
+    A norm in float32 sums in the order of its operand's memory, and a model has many of them.
+    """
+    return 1e-6 if dtype == "float64" else 1e-5
 
 
 def gone(before: Cases, now: Cases) -> list[str]:

@@ -1,8 +1,7 @@
 """What a case of the zoo is, and the table of all of them.
 
-A case is a tiny configuration of one diffusers transformer class, random weights and an input factory. It is
-written as one function from `Knobs` (batch, prompt length, token grid) to a configuration and a function that
-draws inputs:
+A case is a tiny configuration of one diffusers model class, random weights and an input factory. It is written as
+one function from `Knobs` (batch, prompt length, token grid) to a configuration and a function that draws inputs:
 
     @entry("SomeTransformer2DModel", "image", size=(7, 11))
     def some(k: Knobs) -> Spec:
@@ -10,6 +9,9 @@ draws inputs:
             return dict(hidden_states=d.randn(k.batch, 4, *k.size), return_dict=False)
 
         return dict(in_channels=4, num_layers=1), inputs
+
+A class that is not built from a configuration alone (its modules come from another model) gives a function that builds
+it instead.
 
 diffusers is imported when a model is built, not before.
 """
@@ -28,7 +30,8 @@ import torch
 class Knobs:
     """What a caller may vary.
 
-    `size` counts tokens per axis after patching: (height, width), (frames, height, width) or (length,).
+    `size` counts tokens per axis after patching: (height, width), (frames, height, width) or (length,). Models without
+    tokens (U-Nets, autoencoders, adapters) count what comes in per axis instead: pixels or latents.
     `text` counts prompt tokens before masking, of the main prompt where a model has several.
     """
 
@@ -91,7 +94,8 @@ class Draw:
 
 
 Inputs = Callable[[Draw], dict[str, Any]]
-Spec = tuple[dict[str, Any], Inputs]
+Config = dict[str, Any] | Callable[[], torch.nn.Module]
+Spec = tuple[Config, Inputs]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +138,7 @@ class Case:
         config, _ = self.make(self.at(**knobs).knobs)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = getattr(diffusers, self.cls)(**config)
+            model = config() if callable(config) else getattr(diffusers, self.cls)(**config)
         randomise(model, seed)
         return cast(model, dtype or self.dtype).eval().requires_grad_(False)
 
@@ -201,25 +205,21 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
             p.copy_(noise * min(0.2, max(0.05, p[0].numel() ** -0.5)))
 
 
-def transformer_classes() -> list[str]:
-    """Names of all transformer model classes that the installed diffusers exports."""
+def model_classes() -> list[str]:
+    """Names of all model classes that the installed diffusers exports."""
     import diffusers
 
-    names = []
-    for name in dir(diffusers):
-        if not name.startswith("_") and name[0].isupper():
-            found = getattr(diffusers, name, None)
-            if isinstance(found, type) and issubclass(found, diffusers.ModelMixin):
-                if "diffusers.models.transformers" in found.__module__ or "Transformer" in name:
-                    names.append(name)
-    return names
+    base = diffusers.ModelMixin
+    names = (name for name in dir(diffusers) if not name.startswith("_") and name[0].isupper())
+    found = ((name, getattr(diffusers, name, None)) for name in names)
+    return [name for name, cls in found if isinstance(cls, type) and issubclass(cls, base) and cls is not base]
 
 
 def missing() -> list[str]:
-    """Exported transformer classes that have neither a case nor an entry in `UNAVAILABLE`."""
+    """Exported model classes that have neither a case nor an entry in `UNAVAILABLE`."""
     have = {case.cls for case in CASES.values()} | set(UNAVAILABLE)
-    return [name for name in transformer_classes() if name not in have]
+    return [name for name in model_classes() if name not in have]
 
 
 UNAVAILABLE: dict[str, str] = {}
-"""Classes that cannot run on the CPU at all: name -> the exact error."""
+"""Classes without a case: name -> the exact error where they cannot run on the CPU, or why there is nothing to run."""
