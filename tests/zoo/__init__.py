@@ -15,7 +15,8 @@ from .registry import CASES, UNAVAILABLE, Case, Draw, Knobs, missing, transforme
 
 _IMAGES = ("images", "flux", "joint", "sequences")
 _VIDEOS = ("videos", "wan", "hunyuan", "kandinsky", "multimodal")
-for _family in (*_IMAGES, *_VIDEOS, "audio", "older"):
+_CODECS = ("autoencoders", "video_autoencoders", "audio_codecs")
+for _family in (*_IMAGES, *_VIDEOS, "audio", "older", *_CODECS):
     importlib.import_module(f".{_family}", __name__)
 
 __all__ = ["CASES", "UNAVAILABLE", "Case", "Draw", "Knobs", "missing", "transformer_classes"]
