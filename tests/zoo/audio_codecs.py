@@ -50,8 +50,8 @@ def minimax_h3_audio(k: Knobs) -> Spec:
 @entry("AutoencoderSAME", "audio", (232,), prompt="sample")
 def same(k: Knobs) -> Spec:
     """Patches of sound, resampled by transformers with differential attention in a sliding window."""
-    config = dict(patch_size=4, encoder_channels=12, encoder_c_mults=(1, 2), encoder_strides=(2, 1), latent_dim=8)
-    return coded(k, of=2, posterior=False, **config, encoder_transformer_depths=(1, 1), dim_heads=4, ff_mult=2)
+    config = dict(patch_size=4, encoder_channels=12, encoder_c_mults=(2,), encoder_strides=(2,), latent_dim=8)
+    return coded(k, of=2, posterior=False, **config, encoder_transformer_depths=(2,), dim_heads=8, ff_mult=2)
 
 
 @entry("Cosmos3AVAEAudioTokenizer", "audio", (116,), prompt="sample", dtype=torch.float32)

@@ -102,7 +102,7 @@ def vq(k: Knobs) -> Spec:
 
 @entry("VQModel/spatial", "image", (14, 22), prompt="sample")
 def vq_spatial(k: Knobs) -> Spec:
-    """MoVQ of Kandinsky 2: the decoder's norms are modulated by the latents, brought to each level's size; 32 groups."""
+    """MoVQ of Kandinsky 2: the decoder's norms are modulated by the latents at each level's size; 32 groups."""
     config = dict(block_out_channels=(32, 32), latent_channels=4, num_vq_embeddings=24)
     return coded(k, posterior=False, **halved(up="AttnUpDecoderBlock2D"), **config, norm_type="spatial")
 

@@ -101,8 +101,8 @@ class Case:
 
     `dtype` is the widest floating type in which the model's own forward runs: float64, or float32 where the
     model casts to float32 and then meets a float64 weight. `fixed` names the knobs whose value the model (or
-    diffusers' code for it) constrains, as the case's docstring says: sweeps should leave them alone. `ready` names methods
-    without arguments that the model wants to be called before its forward.
+    diffusers' code for it) constrains, as the case's docstring says: sweeps should leave them alone. `ready` names
+    methods without arguments that the model wants to be called before its forward.
 
     A few configurations depend on the knobs (learned position tables, prompt lengths): use `at` to fix the
     knobs once for the model and its inputs.
@@ -194,7 +194,9 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
     kernels that are parametrised by them; the rest (biases, tables, tokens) is small noise.
     """
     rng = torch.Generator().manual_seed(seed)
-    scales = {f"{n}.weight" for n, m in model.named_modules() if "norm" in type(m).__name__.lower()}
+    kinds = {n: type(m).__name__.lower() for n, m in model.named_modules()}
+    norms = [n for n, kind in kinds.items() if "norm" in kind or "dynamictanh" in kind]
+    scales = {f"{n}.{name}" for n in norms for name in ("weight", "gamma", "alpha")}
     for name, p in model.named_parameters():
         if not p.is_floating_point():
             continue
