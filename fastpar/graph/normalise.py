@@ -104,7 +104,11 @@ def _emit(node: fx.Node, call: AttentionCall) -> fx.Node:
     if "val" not in node.meta:
         new.meta["example_value"] = value
     elif new.meta["val"].stride() != value.stride():  # a kernel with another layout than ours
+        order = sorted(range(value.dim()), key=lambda d: -value.stride(d))  # of dimensions in memory
+        moved = order != sorted(order)
+        new = insert(aten.permute.default, new, order) if moved else new
         new = insert(aten.clone.default, new, memory_format=torch.contiguous_format)
+        new = insert(aten.permute.default, new, [order.index(d) for d in sorted(order)]) if moved else new
     return new
 
 
