@@ -65,7 +65,9 @@ def _key(call: Call, layouts: Sequence[Layout], mesh: Mesh) -> Key:
     """All that a function of the table below may look at: the call, but not its place in the graph."""
     leaves, spec = pytree.tree_flatten((call.args, call.kwargs), is_leaf=lambda x: isinstance(x, fx.Node))
     operands = set(call.operands)
-    given = tuple("" if isinstance(x, fx.Node) and x in operands else f"{type(x).__name__} {x!r}" for x in leaves)  # 1 is not 1.0 is not True
+    tensor = [isinstance(x, fx.Node) and x in operands for x in leaves]
+    # by type and text: 1 is not 1.0 is not True
+    given = tuple("" if t else f"{type(x).__name__} {x!r}" for t, x in zip(tensor, leaves, strict=True))
     values = [n.meta["val"] for n in call.operands]
     values += [v for v in pytree.tree_leaves(call.node.meta["val"]) if isinstance(v, torch.Tensor)]
     kinds = tuple((v.shape, v.stride(), v.dtype, v.device) for v in values)

@@ -135,4 +135,9 @@ def consistency(k: Knobs) -> Spec:
     decoder = dict(decoder_block_out_channels=(8, 16), decoder_down_block_types=("ResnetDownsampleBlock2D",) * 2)
     groups = dict(encoder_norm_num_groups=4, decoder_norm_num_groups=4, encoder_layers_per_block=1)
     blocks = dict(decoder_layers_per_block=1, decoder_up_block_types=("ResnetUpsampleBlock2D",) * 2)
-    return coded(k, **encoder, **decoder, **groups, **blocks)
+    config, plain = coded(k, **encoder, **decoder, **groups, **blocks)
+
+    def inputs(d: Draw) -> dict[str, Any]:
+        return dict(**plain(d), generator=torch.Generator().manual_seed(3))
+
+    return config, inputs
