@@ -24,6 +24,7 @@ from fastpar.graph.pipeline import Pass, PassContext
 from fastpar.graph.program import Program, module_of
 from fastpar.passes.attention_gather import split_keys
 from fastpar.sharding.candidates import Candidate, Seed, find, find_batch, is_attention
+from fastpar.sharding.expand import Key
 from fastpar.sharding.insert import Inserter, Sharded, heavy_ahead
 from fastpar.sharding.weights import Group, find_weights, layouts_of, layouts_of_slices
 from fastpar.sharding.work import busiest
@@ -67,7 +68,7 @@ class Shard(Pass):
 
     def _batch(self, program: Program, ctx: PassContext) -> list[tuple[Seed, tuple[str, ...]]]:
         """Seeds of the batch. Without one the axis splits nothing inside a call: whole calls are dealt along it."""
-        candidate = find_batch(program.graph)
+        candidate = find_batch(program.graph, program.fixed)
         if candidate is not None:
             seeds: list[tuple[Seed, tuple[str, ...]]] = [(seed, ("cfg",)) for seed in candidate.seeds]
             # first dimensions that an attention mixes are tokens of a model that has no batch
@@ -113,12 +114,13 @@ class Shard(Pass):
             return Inserter(graph, mesh, batch, weights=weights).run()
         options: list[tuple[float, float, Sharded]] = []
         tried: list[str] = []
+        known: dict[Key, fx.Graph] = {}
         for candidate in candidates:
             units = [1]
             while units:
                 unit = units.pop(0)
                 seeds = [(seed, tokens) for seed in candidate.seeds]
-                result = Inserter(graph, mesh, [*batch, *seeds], unit, weights).run()
+                result = Inserter(graph, mesh, [*batch, *seeds], unit, weights, known).run()
                 if unit == 1:
                     units += sorted(result.units)
                 options.append((busiest(result.graph, mesh), predicted_bytes(result, mesh), result))

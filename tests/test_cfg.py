@@ -89,3 +89,27 @@ def test_guidance_in_separate_calls_deals_them(plan: str, share: float) -> None:
     assert any("call k runs on part k mod 2" in note for note in report.notes)
     assert report.bytes_per_rank <= 1.1 * report.bytes_formula
     assert report.collectives[-1] == Collective("broadcast", "cfg", 11 * 12 * 8 // 2, 1, "", "output")
+
+
+class Normalised(torch.nn.Module):
+    """Its kernels, of as many channels as there are rows in the batch or more, become outputs of the graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        wide, narrow = torch.nn.Conv1d(2, 6, 3, padding=1), torch.nn.Conv1d(6, 2, 1)
+        self.wide, self.narrow = torch.nn.utils.weight_norm(wide), torch.nn.utils.weight_norm(narrow)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.narrow(torch.sin(self.wide(x)))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_channels_of_kernels_are_no_batch() -> None:
+    torch.manual_seed(0)
+    captured = fastpar.capture(Normalised().double().eval(), (torch.randn(2, 2, 11).double(),))
+    assert len(captured.programs[0].program.outputs) > 1  # what weight_norm puts on its modules
+    report = fastpar.verify(captured, plan="cfg=2")
+    assert report.ok, report.diverged_at
+    assert [(c.kind, c.why, c.count) for c in report.collectives] == [("all_gather", "output", 1)]
+    assert report.fallbacks == []
+    assert report.flops_share == 0.5

@@ -162,3 +162,15 @@ def test_the_reference_is_torch_s_own() -> None:
     merged(q, k, v, shown)
     want = F.scaled_dot_product_attention(q, k, v, attn_mask=shown)
     torch.testing.assert_close(attention_lse(q, k, v, shown)[0], want, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("which", ["q", "k", "v"])
+def test_features_need_not_be_dense(which: str) -> None:
+    """Attention over pixels has its channels in front of them."""
+    torch.manual_seed(0)
+    operands = {name: torch.randn(2, 3, 7, 8, dtype=torch.float64) for name in "qkv"}
+    q, k, v = (x.mT.contiguous().mT if name == which else x for name, x in operands.items())
+    out, lse = attention_lse(q, k, v)
+    scores = q @ k.mT / 8**0.5
+    torch.testing.assert_close(out, scores.softmax(-1) @ v, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(lse, scores.logsumexp(-1), atol=1e-12, rtol=1e-12)

@@ -69,6 +69,11 @@ class Program:
         return [node for node in self.gm.graph.nodes if node.op == "placeholder"]
 
     @property
+    def fixed(self) -> list[fx.Node]:
+        """Placeholders that are not the user's: parameters, buffers and state."""
+        return [n for n, i in zip(self.placeholders, self.inputs, strict=True) if i.kind != "user"]
+
+    @property
     def outputs(self) -> tuple[Any, ...]:
         """Arguments of the output node: nodes, numbers or None."""
         return tuple(self.gm.graph.output_node().args[0])

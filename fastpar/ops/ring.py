@@ -67,7 +67,8 @@ def _kernel(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The fused kernel that returns a logsumexp for these operands, else the products written out."""
     aten = torch.ops.aten
-    # Called directly, these kernels do not look whether the width is what lies side by side in memory.
+    # Called directly, a fused kernel takes the last dimension for dense, and the CPU's does not look. Queries of an
+    # image are often transposed: channels are its second dimension.
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     same = q.shape[-1] == v.shape[-1] and q.dim() == 4 and q.shape[:2] == k.shape[:2] == v.shape[:2]
     if same and q.device.type == "cpu" and q.shape[-1] > 0:

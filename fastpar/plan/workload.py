@@ -120,7 +120,7 @@ def workload(program: Program) -> Workload:
         kinds_of[(cost, moved, weights, node in carriers, is_attention(node))] += 1
         if is_attention(node):
             attentions[_attention(node, marks, chosen)] += 1
-    batch = find_batch(graph)
+    batch = find_batch(graph, program.fixed)
     flops, moved_, weights_, carries, attends = zip(*kinds_of, strict=True) if kinds_of else ((), (), (), (), ())
     return Workload(
         attentions=tuple(_counted(a, n) for a, n in attentions.items()),

@@ -184,7 +184,7 @@ def _explained(built: Built, play: _Play = _Play()) -> Report:  # noqa: B008  (f
     shared = flops(built.lowered)
     # Of calls that are dealt, a rank runs one in ``deal``; what it does then is split over the other axes.
     deal = built.mesh.size((built.dealt,)) if built.dealt else 1
-    batch = find_batch(built.captured.graph) if built.plan.cfg else None
+    batch = find_batch(built.captured.graph, built.captured.fixed) if built.plan.cfg else None
     tp = built.plan.tp or 1
     cut = built.lowered.gm.meta.get("cut", ())
     candidates = find(built.captured.graph) + ([batch] if batch else [])

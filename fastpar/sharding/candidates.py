@@ -129,22 +129,26 @@ def find(graph: fx.Graph) -> list[Candidate]:
     return [*candidates, *(c for c in more if all(set(c.seeds) != set(o.seeds) for o in candidates))]
 
 
-def find_batch(graph: fx.Graph) -> Candidate | None:
+def find_batch(graph: fx.Graph, fixed: Collection[fx.Node]) -> Candidate | None:
     """The batch of a captured graph: the first dimension of its outputs, where inputs have it too.
 
-    Classifier-free guidance usually runs as such a batch of two. None where there is no batch.
+    Classifier-free guidance usually runs as such a batch of two. None where there is no batch. ``fixed`` are
+    placeholders that have none, whatever their sizes: a graph may return what it made of a weight (a normalised kernel
+    that its module keeps), and a kernel of two channels is no batch of two.
     """
+    fixed = set(fixed)
     sizes = {
         int(n.meta["val"].shape[0])
         for n in graph.nodes
-        if n.op == "placeholder" and isinstance(n.meta.get("val"), torch.Tensor) and n.meta["val"].dim() > 1
+        if n.op == "placeholder" and n not in fixed and isinstance(n.meta.get("val"), torch.Tensor)
+        if n.meta["val"].dim() > 1
     }
     walk = Walk(all_operands=True)
     seeds: set[Seed] = set()
     for node in graph.output_node().all_input_nodes:
         value = node.meta.get("val")
         if isinstance(value, torch.Tensor) and value.dim() > 1 and 1 < int(value.shape[0]) and value.shape[0] in sizes:
-            seeds |= walk.seeds(node, Pos(0, 1, int(value.shape[0]), 1))
+            seeds |= {s for s in walk.seeds(node, Pos(0, 1, int(value.shape[0]), 1)) if s.node not in fixed}
     return Candidate(_ordered(graph, seeds), ()) if seeds else None
 
 

@@ -35,8 +35,46 @@ def expansion(call: Call, layouts: Sequence[Layout], mesh: Mesh) -> Written | No
     return find(call, layouts, mesh) if find is not None and any(not x.is_whole for x in layouts) else None
 
 
-def traced(call: Call, written: Written) -> fx.Graph:
-    """``written`` as a graph with one placeholder per tensor operand, values in ``meta``."""
+Key = tuple[Any, ...]
+
+
+def traced(
+    call: Call, written: Written, layouts: Sequence[Layout], mesh: Mesh, known: dict[Key, fx.Graph] | None = None
+) -> fx.Graph:
+    """``written`` as a graph with one placeholder per tensor operand, values in ``meta``.
+
+    Tracing takes longer than all else that is done for an operator, and a model has the same norm at the same size
+    many times; ``known`` keeps what has been traced. The graph is the caller's own in any case.
+    """
+    key = _key(call, layouts, mesh)
+    if known is None or key not in known:
+        made = _trace(call, written)
+        if known is not None:
+            known[key] = made
+    else:
+        made = known[key]
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(made, {}))
+    for node in graph.nodes:
+        if node.op == "call_function":
+            node.meta.update(inherited(call.node.meta))
+    return graph
+
+
+def _key(call: Call, layouts: Sequence[Layout], mesh: Mesh) -> Key:
+    """All that a function of the table below may look at: the call, but not its place in the graph."""
+    leaves, spec = pytree.tree_flatten((call.args, call.kwargs), is_leaf=lambda x: isinstance(x, fx.Node))
+    operands = set(call.operands)
+    tensor = [isinstance(x, fx.Node) and x in operands for x in leaves]
+    # by type and text: 1 is not 1.0 is not True
+    given = tuple("" if t else f"{type(x).__name__} {x!r}" for t, x in zip(tensor, leaves, strict=True))
+    values = [n.meta["val"] for n in call.operands]
+    values += [v for v in pytree.tree_leaves(call.node.meta["val"]) if isinstance(v, torch.Tensor)]
+    kinds = tuple((v.shape, v.stride(), v.dtype, v.device) for v in values)
+    return call.node.target, repr(spec), given, kinds, tuple(layouts), mesh, call.tail
+
+
+def _trace(call: Call, written: Written) -> fx.Graph:
     values = [n.meta["val"] for n in call.operands]
     leaves, spec = pytree.tree_flatten((call.args, call.kwargs), is_leaf=lambda x: isinstance(x, fx.Node))
     operands = set(call.operands)
@@ -48,11 +86,7 @@ def traced(call: Call, written: Written) -> fx.Graph:
         return written(*args, **kwargs)
 
     with values[0].fake_mode:
-        graph = make_fx(run)(*values).graph
-    for node in graph.nodes:
-        if node.op == "call_function":
-            node.meta.update(inherited(call.node.meta))
-    return graph
+        return make_fx(run)(*values).graph
 
 
 def _convolution(call: Call, layouts: Sequence[Layout], mesh: Mesh) -> Written | None:

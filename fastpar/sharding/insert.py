@@ -24,7 +24,7 @@ from fastpar.core.transfer import elements_sent, is_local
 from fastpar.ops.redistribute import redistribute
 from fastpar.rules import Call, Decision, Pos, rule_for
 from fastpar.sharding.candidates import Seed
-from fastpar.sharding.expand import expansion, traced
+from fastpar.sharding.expand import Key, expansion, traced
 
 Axes = tuple[str, ...]
 
@@ -101,9 +101,11 @@ class Inserter:
         seeds: Sequence[tuple[Seed, Axes]],
         unit: int = 1,
         weights: Mapping[fx.Node, Layout] | None = None,
+        known: dict[Key, fx.Graph] | None = None,
     ) -> None:
         self.mesh, self.unit, self.weights = mesh, unit, weights or {}
         self.within: fx.Node | None = None  # what is being written out
+        self.known = {} if known is None else known  # what was written out before, traced
         self.seeds: dict[fx.Node, list[tuple[Pos, Axes]]] = {}
         for seed, axes in seeds:
             if mesh.size(axes) > 1:
@@ -195,7 +197,7 @@ class Inserter:
         layouts = tuple(self.main[n] for n in call.operands)
         written = expansion(call, layouts, self.mesh) if expand else None
         if written is not None:
-            self._inline(node, call, traced(call, written))
+            self._inline(node, call, traced(call, written, layouts, self.mesh, self.known))
             return
         decision = rule_for(call).decide(call, layouts, self.mesh)
         if call.tail and any(gathered(layouts[g.operand], decision.inputs[g.operand]) for g in decision.gathers):

@@ -16,7 +16,8 @@ from .registry import CASES, UNAVAILABLE, Case, Draw, Knobs, missing, model_clas
 _IMAGES = ("images", "flux", "joint", "sequences")
 _VIDEOS = ("videos", "wan", "hunyuan", "kandinsky", "multimodal")
 _OTHERS = ("audio", "older", "unets", "unets_time", "controlnets", "conditioners")
-for _family in (*_IMAGES, *_VIDEOS, *_OTHERS):
+_CODECS = ("autoencoders", "video_autoencoders", "audio_codecs")
+for _family in (*_IMAGES, *_VIDEOS, *_OTHERS, *_CODECS):
     importlib.import_module(f".{_family}", __name__)
 
 __all__ = ["CASES", "UNAVAILABLE", "Case", "Draw", "Knobs", "missing", "model_classes"]

@@ -104,7 +104,8 @@ class Case:
 
     `dtype` is the widest floating type in which the model's own forward runs: float64, or float32 where the
     model casts to float32 and then meets a float64 weight. `fixed` names the knobs whose value the model (or
-    diffusers' code for it) constrains, as the case's docstring says: sweeps should leave them alone.
+    diffusers' code for it) constrains, as the case's docstring says: sweeps should leave them alone. `ready` names
+    methods without arguments that the model wants to be called before its forward.
 
     A few configurations depend on the knobs (learned position tables, prompt lengths): use `at` to fix the
     knobs once for the model and its inputs.
@@ -117,6 +118,7 @@ class Case:
     make: Callable[[Knobs], Spec] = dataclasses.field(repr=False)
     dtype: torch.dtype = torch.float64
     fixed: tuple[str, ...] = ()
+    ready: tuple[str, ...] = ()
 
     @property
     def cls(self) -> str:
@@ -140,6 +142,8 @@ class Case:
             torch.manual_seed(seed)
             model = config() if callable(config) else getattr(diffusers, self.cls)(**config)
         randomise(model, seed)
+        for method in self.ready:
+            getattr(model, method)()
         return cast(model, dtype or self.dtype).eval().requires_grad_(False)
 
     def inputs(self, dtype: torch.dtype | None = None, seed: int = 0, **knobs: Any) -> dict[str, Any]:
@@ -161,13 +165,14 @@ def entry(
     prompt: str = "encoder_hidden_states",
     dtype: torch.dtype = torch.float64,
     fixed: tuple[str, ...] = (),
+    ready: tuple[str, ...] = (),
 ) -> Callable[[Callable[[Knobs], Spec]], Callable[[Knobs], Spec]]:
     """Put a case into `CASES`. `name` is the diffusers class, or `Class/variant`."""
 
     def register(make: Callable[[Knobs], Spec]) -> Callable[[Knobs], Spec]:
         if name in CASES:
             raise ValueError(f"two cases named {name}")
-        CASES[name] = Case(name, family, Knobs(batch, text, size), prompt, make, dtype, fixed)
+        CASES[name] = Case(name, family, Knobs(batch, text, size), prompt, make, dtype, fixed, ready)
         return make
 
     return register
@@ -188,16 +193,19 @@ def cast(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
 def randomise(model: torch.nn.Module, seed: int) -> None:
     """Draw every floating parameter anew: zero-initialised gates and output layers would hide wrong results.
 
-    Matrices and kernels get 1/sqrt(fan in), kept within 0.05 and 0.2; norm weights lie around 1; the rest
-    (biases, tables, tokens) is small noise.
+    Matrices and kernels get 1/sqrt(fan in), kept within 0.05 and 0.2; norm weights lie around 1, as do the norms of
+    kernels that are parametrised by them; the rest (biases, tables, tokens) is small noise.
     """
     rng = torch.Generator().manual_seed(seed)
-    scales = {f"{n}.weight" for n, m in model.named_modules() if "norm" in type(m).__name__.lower()}
+    kinds = {n: type(m).__name__.lower() for n, m in model.named_modules()}
+    norms = [n for n, kind in kinds.items() if "norm" in kind or "dynamictanh" in kind]
+    scales = {f"{n}.{name}" for n in norms for name in ("weight", "gamma", "alpha")}
     for name, p in model.named_parameters():
         if not p.is_floating_point():
             continue
         noise = torch.randn(p.shape, generator=rng, dtype=torch.float64)
-        if name in scales and p.ndim == 1:
+        norm = name.endswith(("weight_g", "parametrizations.weight.original0"))  # weight_norm's, old and new
+        if norm or (name in scales and p.ndim == 1):
             p.copy_(1 + 0.1 * noise)
         elif p.ndim < 2:
             p.copy_(0.1 * noise)
