@@ -16,7 +16,7 @@ from fastpar.core.errors import CheckError, OptionError
 from fastpar.core.plan import Plan
 from fastpar.graph.check import check_order
 from fastpar.graph.program import Program
-from fastpar.graph.schedule import calls, play
+from fastpar.graph.schedule import calls, listed, parts, play
 from fastpar.ops.collectives import COLLECTIVES
 from fastpar.plan import clock
 from fastpar.plan.durations import durations
@@ -101,6 +101,30 @@ def test_exchanges_start_before_what_they_hide_under() -> None:
     localised = [_kind(n) for n in program.localise(1).graph.nodes if _kind(n)]
     first = localised[: localised.index("attention")]
     assert first.index("wait") > max(i for i, name in enumerate(first) if name == "mm")
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_views_of_what_is_there_change_no_order(depth: int) -> None:
+    """What takes no time and needs nothing opens its users once, however long the chain."""
+    program = built(two(256, 512, torch.bfloat16), "ulysses=4", "h100-8", passes=written("ulysses=4")).lowered
+    costs = durations(program.mesh, "h100-8")
+
+    def order() -> list[str]:
+        nodes = parts(program.graph)[1]
+        tasks = costs.tasks(program.graph)
+        return [n.name for n in listed(nodes, tasks) if tasks[n].compute]
+
+    before = order()
+    weights = [n for n in program.placeholders if n.meta["val"].dim() == 2]
+    for weight in weights:  # a chain of views before whatever took it
+        users, last = list(weight.users), weight
+        for _ in range(depth):
+            with program.graph.inserting_after(last):
+                new = program.graph.call_function(torch.ops.aten.alias.default, (last,))
+            new.meta, last = dict(last.meta), new
+        for user in users:
+            user.replace_input_with(weight, last)
+    assert order() == before
 
 
 def _kind(node: fx.Node) -> str:

@@ -185,9 +185,8 @@ class _Lister:
         self.known: dict[fx.Node, float] = {}  # when operands of what takes no time itself are there
 
     def run(self) -> list[fx.Node]:
-        for node in self.nodes:
-            if self.open[node] == 0:
-                self._ready(node, 0.0)
+        for node in [n for n in self.nodes if self.open[n] == 0]:  # before any of them opens others
+            self._ready(node, 0.0)
         while (node := self._next()) is not None:
             self._emit(node)
         for node in self.nodes:  # views that only the output needs
