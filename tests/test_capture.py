@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from fastpar.core.errors import CaptureError
 from fastpar.graph.capture import capture, compile_fx
 from fastpar.graph.program import Program, source_line
+from fastpar.graph.scalars import numbers_as_indices
 from fastpar.ops.attention import attention
 from tests.capturing import checked, close, targets, tensor
 
@@ -421,3 +422,34 @@ def test_flux_of_12_billion_parameters_on_fake_tensors():
     found = capture(model, inputs)
     assert len(found.programs) == 1 and targets(found)[str(attention)] == 57
     assert found.outputs[0].shape == (1, 4096, 64)
+
+
+# Rows that a tensor's value picks.
+
+
+@pytest.mark.parametrize("before", [(), (slice(None),)], ids=["row", "column"])
+def test_a_step_picks_a_row_of_a_table(before):
+    """As schedulers do; torch itself breaks the graph there."""
+
+    def scaled(x, table, step):
+        return x * table[(*before, step)]
+
+    for step in (2, -1):
+        found = checked(scaled, (torch.randn(2, 5), torch.randn(5, 5), torch.tensor(step)))
+        assert len(found.programs) == 1
+
+
+def test_a_row_that_is_written_to_is_no_copy():
+    def bumped(table, step):
+        table[step].add_(1.0)
+        return table * 2
+
+    def backend(gm, inputs):
+        before = gm.print_readable(print_output=False)
+        numbers_as_indices(gm)
+        assert gm.print_readable(print_output=False) == before
+        return gm.forward
+
+    torch._dynamo.reset()
+    found = torch.compile(bumped, backend=backend)(torch.zeros(3, 2), torch.tensor(1))
+    assert torch.equal(found, bumped(torch.zeros(3, 2), torch.tensor(1)))

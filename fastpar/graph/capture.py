@@ -34,7 +34,7 @@ from fastpar.graph.decompose import TABLE
 from fastpar.graph.modules import name_modules
 from fastpar.graph.normalise import keep_whole
 from fastpar.graph.program import Input, Kind, Program, copy_module, source_line
-from fastpar.graph.scalars import floats_as_tensors, scalar_tensors_stay
+from fastpar.graph.scalars import floats_as_tensors, numbers_as_indices, scalar_tensors_stay
 from fastpar.graph.scores import replace_written
 from fastpar.graph.tidy import tidy
 
@@ -77,6 +77,7 @@ def compile_fx(gm: fx.GraphModule, example_inputs: Sequence[Any], finish: Finish
     gm = copy_module(gm)
     example_inputs = _specialise(gm, example_inputs)
     floats_as_tensors(gm)
+    numbers_as_indices(gm)
     notes = keep_whole(gm)
 
     def inference(flat: fx.GraphModule, flat_inputs: Sequence[Any]) -> Callable[[list[Any]], Any]:

@@ -6,6 +6,9 @@ so for ``torch.tensor([t])``: there it fixes the value and guards on it, so that
 every step of a sampler that passes a float timestep to a U-Net would compile
 again. Here that creation becomes a cast of the tensor.
 
+A row that a 0-d integer tensor picks, ``table[step]``, is read by Python through the tensor's value, which no graph
+has. Here that becomes an index.
+
 Dynamo itself fixes a float that is passed to ``torch.full`` or that decides a
 branch, and one that its caller marked static; such models compile for each value.
 """
@@ -43,6 +46,47 @@ def floats_as_tensors(gm: fx.GraphModule) -> None:
         for node in (tensor, *tensor.all_input_nodes, number):
             if not node.users and node.op != "placeholder":
                 gm.graph.erase_node(node)
+
+
+def numbers_as_indices(gm: fx.GraphModule) -> None:
+    """Write ``x[t]`` with a 0-d integer tensor ``t``, in place on a Dynamo graph, as an index by a tensor.
+
+    An index copies where Python gives a view; where ``x`` or what shares its memory is written to, all stays as it is.
+    """
+    for node in list(gm.graph.nodes):
+        if node.op != "call_function" or node.target is not operator.getitem:
+            continue
+        source, picked = _tensor_value(node.args[0]), node.args[1]
+        picked = picked if isinstance(picked, tuple) else (picked,)
+        if source is None or not any(map(_is_number, picked)) or _written_to(gm.graph, source):
+            continue
+        if all(_is_number(x) or (isinstance(x, slice) and x == slice(None)) for x in picked):
+            indices = [x if isinstance(x, fx.Node) else None for x in picked]
+            node.target, node.args = torch.ops.aten.index.Tensor, (node.args[0], indices)
+
+
+def _written_to(graph: fx.Graph, value: torch.Tensor) -> bool:
+    """Whether an operator of a Dynamo graph may change the memory of ``value``."""
+    memory = value.untyped_storage()._cdata
+    for node in graph.nodes:
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        changes = name.endswith("_") or name == "setitem" or (name[:1] == "i" and hasattr(operator, f"__{name}__"))
+        written = [node.kwargs.get("out"), *(node.args[:1] if changes else ())]
+        if any(v is not None and v.untyped_storage()._cdata == memory for v in map(_tensor_value, written)):
+            return True
+    return False
+
+
+def _tensor_value(x: Any) -> torch.Tensor | None:
+    value = x.meta.get("example_value") if isinstance(x, fx.Node) else None
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def _is_number(x: Any) -> bool:
+    value = _tensor_value(x)
+    if value is None or value.dim() or value.dtype == torch.bool:
+        return False
+    return not (value.is_floating_point() or value.is_complex())
 
 
 def _lift(item: fx.Node) -> fx.Node:

@@ -270,7 +270,9 @@ class Inserter:
         node, target = call.node, call.node.target
         args, kwargs = replace_operands(call, operands, self.out.values)
         new = self.out.graph.call_function(target, args, kwargs)  # type: ignore[arg-type]
-        new.meta = {**node.meta, "origin": node.name}
+        new.meta = dict(node.meta)
+        if self.within is None:  # else it is named after nothing that was captured
+            new.meta["origin"] = node.name
         if len(decision.outputs) == 1:
             new.meta["layout"] = decision.outputs[0]
         return new

@@ -71,7 +71,7 @@ def tiny(k: Knobs) -> Spec:
 
 @entry("AutoencoderDC", "image", (14, 22), prompt="sample")
 def dc(k: Knobs) -> Spec:
-    """DC-AE: linear attention at several scales, pixel shuffles with shortcuts of averaged channels."""
+    """DC-AE: linear attention of float32 at several scales, pixel shuffles with shortcuts of averaged channels."""
     config = dict(latent_channels=4, attention_head_dim=4, scaling_factor=0.4, **multiscale())
     return coded(k, posterior=False, **config)
 
