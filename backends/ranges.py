@@ -156,7 +156,12 @@ def wrapper_with_ranges(function: Any, compiled: Any, names: Names, run: Runner)
 def sites_of(compiled: Any, names: Names) -> dict[str, str]:
     """Handle of a kernel's call (``triton_poi_fused_add_0:7``) -> the name of its range, in order of the calls."""
     found, calls = {}, dict[str, list[str]]()
-    for kernel, sources in json.loads(getattr(compiled, "inductor_provenance_stack_traces_str", None) or "{}").items():
+    # Inductor notes kernels per process: those of graphs that were compiled before are among them
+    here = {m["kernel"] for m in map(_HANDLE.match, compiled.source_code.split("\n")) if m}
+    noted = json.loads(getattr(compiled, "inductor_provenance_stack_traces_str", None) or "{}")
+    for kernel, sources in noted.items():
+        if kernel not in here:
+            continue
         numbers = sorted({int(n) for text in sources for n in re.findall(rf"{_NUMBER}(\d+)", text)})
         known = [names.nodes[n] for n in numbers if n in names.nodes]
         if known:
