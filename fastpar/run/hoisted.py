@@ -28,7 +28,7 @@ import torch
 from torch import fx
 
 from fastpar.graph.program import Program
-from fastpar.graph.prologue import Parts, checked, local_values, split
+from fastpar.graph.prologue import Parts, local_values, split
 from fastpar.ops.checksum import checksums
 from fastpar.run.artefact import Artefact, Runner, StateSpec
 from fastpar.run.stream import Stream, current_generation
@@ -58,7 +58,6 @@ class _Hoisted:
         self.compile, self.again = compile, again
         self.reads: tuple[int, ...] = ()
         self.names: tuple[str, ...] = ()
-        self.sums_of: list[int] = []  # of which input each checksum is
         self.random = False
 
     def prepare(self, artefact: Artefact, parts: Parts) -> None:
@@ -72,7 +71,7 @@ class _Hoisted:
         artefact.state = tuple(StateSpec(name, tuple(v.shape), v.stride(), v.dtype) for name, v in kept)
         programs = {"prologue": parts.prologue, "step": parts.step}
         if self.reads:
-            programs["check"], self.sums_of = _check(parts.prologue)
+            programs["check"] = _check(parts.prologue)
         artefact.programs = {name: self.compile(program) for name, program in programs.items()}
 
     def __call__(self, artefact: Artefact, args: list[Any]) -> Sequence[Any]:
@@ -81,7 +80,7 @@ class _Hoisted:
         sums = artefact.programs["check"](list(inputs))[0] if inputs else None
         stream = streams.find(inputs)
         if stream is not None and stream.values is not None:
-            answer = _Answer(sums, stream.sums, self.sums_of)
+            answer = _Answer(sums, stream.sums)
             outputs = None if self.random and answer.changed() else step([*args, *stream.values])
             new = answer.changed()
             if outputs is not None and not new:
@@ -127,8 +126,7 @@ class _Hoisted:
 class _Answer:
     """Which checksums differ: on its way from the device, while other work is launched."""
 
-    def __init__(self, now: torch.Tensor | None, then: torch.Tensor | None, sums_of: Sequence[int]) -> None:
-        self.sums_of = sums_of
+    def __init__(self, now: torch.Tensor | None, then: torch.Tensor | None) -> None:
         self.done: Any = None
         self.differ: torch.Tensor | None = None
         if now is None or then is None:
@@ -144,28 +142,18 @@ class _Answer:
         """Numbers of inputs whose checksums differ. Waits for the check only, not for what was launched after it."""
         if self.done is not None:
             self.done.synchronize()
-        if self.differ is None:
-            return set()
-        return {self.sums_of[i] for i in self.differ.nonzero().flatten().tolist()}
+        return set(self.differ.nonzero().flatten().tolist()) if self.differ is not None else set()
 
 
-def _check(prologue: Program) -> tuple[Program, list[int]]:
-    """From the prologue's inputs to checksums of what it reads of them, int64 ``[sums]``; of which input each is."""
-    graph, env = fx.Graph(), dict[fx.Node, fx.Node]()
+def _check(prologue: Program) -> Program:
+    """From the prologue's inputs to their checksums, int64 ``[inputs]``.
 
-    def copied(node: fx.Node) -> fx.Node:
-        if node not in env:
-            for below in node.all_input_nodes:
-                copied(below)
-            env[node] = graph.node_copy(node, lambda n: env[n])
-        return env[node]
-
-    for node in prologue.placeholders:  # all of them, in order
-        copied(node)
-    read = [(i, part) for i, several in enumerate(checked(prologue).values()) for part in several]
-    given = [copied(part) for _, part in read]
+    Whole inputs, also of a weight of which a rank uses a part: ranks that look at different parts could come to
+    different answers, and one of them would wait in an exchange for ever.
+    """
+    graph = fx.Graph()
+    given = [graph.node_copy(node) for node in prologue.placeholders]
     out = graph.call_function(checksums, (given,))
     out.meta["val"] = checksums([node.meta["val"] for node in given])
     graph.output((out,))
-    gm = fx.GraphModule(torch.nn.Module(), graph, "Check")
-    return replace(prologue, gm=gm, name="check", notes=[]), [i for i, _ in read]
+    return replace(prologue, gm=fx.GraphModule(torch.nn.Module(), graph, "Check"), name="check", notes=[])
