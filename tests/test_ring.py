@@ -62,6 +62,31 @@ def test_masks_travel_with_rows_and_keys(name: str) -> None:
         assert report.ok, (plan, report.max_rel_err, report.diverged_at)
 
 
+@pytest.mark.parametrize("shape", [(11, 11), (2, 1, 1, 11), (2, 1, 11, 11), (2, 2, 11, 11)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_rows_that_a_large_number_hides(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Scores vanish beside finfo's minimum: eager takes the mean of those keys, of some or of all."""
+    torch.manual_seed(0)
+    low, lower = torch.finfo(dtype).min / 2, torch.finfo(dtype).min
+    mask = torch.zeros(shape, dtype=dtype).masked_fill(torch.rand(shape) < 0.3, low)
+    mask[..., -1, :] = low  # a row without a key
+    mask[..., -1, :2], mask[..., -1, 9] = -math.inf, lower  # of which these are further away
+    if len(shape) > 2:
+        mask[0] = low
+    model = Masked().to(dtype).eval()
+    captured = fastpar.capture(model, (torch.randn(2, 11, 12, dtype=dtype), mask))
+    for plan in ("ring=2", "ring=3", "torus=3", "ulysses=2,ring=2", "torus=2,ring=2", "ulysses=2"):
+        report = fastpar.verify(captured, plan=plan)
+        assert report.ok, (plan, report.max_rel_err, report.diverged_at)
+
+
+def test_masks_without_such_numbers_stay_as_they_are() -> None:
+    x = torch.randn(2, 11, 12, dtype=torch.float16)
+    for mask in (torch.zeros(11, 11, dtype=torch.float16), torch.zeros(11, 11) == 0):
+        built = build(fastpar.capture(Masked().half().eval(), (x, mask)).programs[0].program, "ring=2")
+        assert not any("amax" in str(n.target) for n in built.localise(0).graph.nodes)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("cut", [0, 1, 4, 9])
 def test_merged_blocks_are_the_whole_attention(dtype: torch.dtype, cut: int) -> None:

@@ -29,8 +29,8 @@ _LIB.define("merge(Tensor out, Tensor lse, Tensor block, Tensor block_lse) -> (T
 _LIB.define("redistribute_all(Tensor[] xs, str[] srcs, str[] dsts) -> Tensor[]", tags=_TAGS[1:])
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """Accumulation: float64 for float64, float32 for everything narrower."""
+def accumulated(dtype: torch.dtype) -> torch.dtype:
+    """What sums of scores are kept in: float64 for float64, float32 for everything narrower."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -43,7 +43,7 @@ def _attention_lse(
     gqa: bool = False,
     over: str = "",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    shape, wide = q.shape[:-1], _wide(q.dtype)
+    shape, wide = q.shape[:-1], accumulated(q.dtype)
     if gqa and q.dim() > 2 and k.shape[-3] != q.shape[-3] and k.shape[-3]:
         group = q.shape[-3] // k.shape[-3]
         k, v = k.repeat_interleave(group, -3), v.repeat_interleave(group, -3)
@@ -84,7 +84,7 @@ def _kernel(
                 bias = bias.to(q.dtype).expand(*q.shape[:-1], k.shape[-2])
             out = aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, 0.0, False, scale=scale)
             return out[0], out[1][..., : q.shape[-2]]
-    wide = _wide(q.dtype)
+    wide = accumulated(q.dtype)
     scores = (q.to(wide) @ k.to(wide).transpose(-1, -2)) * (scale if scale is not None else q.shape[-1] ** -0.5)
     if bias is not None:
         scores = scores + bias.to(wide)
@@ -108,7 +108,7 @@ def _merge(
 def _attention_lse_fake(
     q: Any, k: Any, v: Any, mask: Any = None, scale: Any = None, gqa: bool = False, over: str = ""
 ) -> Any:
-    wide = _wide(q.dtype)
+    wide = accumulated(q.dtype)
     return q.new_empty((*q.shape[:-1], v.shape[-1]), dtype=wide), q.new_empty(q.shape[:-1], dtype=wide)
 
 

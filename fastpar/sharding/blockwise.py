@@ -6,6 +6,7 @@ the sum in the attention's own dtype is its result. Queries and keys may be any 
 
 from __future__ import annotations
 
+import math
 from operator import getitem
 from typing import Any
 
@@ -14,10 +15,11 @@ from torch import fx
 
 from fastpar.core.inherit import inherited
 from fastpar.core.layout import Dim, Layout
-from fastpar.ops.ring import attention_lse, merge, redistribute_all
+from fastpar.ops.ring import accumulated, attention_lse, merge, redistribute_all
 from fastpar.rules.attention import mask_layout
 from fastpar.sharding.rewrite import redistributed
 
+aten = torch.ops.aten
 Pair = tuple[fx.Node, fx.Node]
 """Output and log-sum-exp of a block, or key and value."""
 
@@ -27,6 +29,13 @@ def split_over(node: fx.Node) -> tuple[str, ...]:
     if node.target is not attention_lse or len(node.args) < 7 or not node.args[6]:
         return ()
     return tuple(str(node.args[6]).split("."))
+
+
+def _reaches(mask: torch.dtype, dtype: torch.dtype) -> bool:
+    """True where a number of the mask's dtype can be so large that scores vanish beside it."""
+    if not mask.is_floating_point:
+        return False
+    return torch.finfo(mask).max * torch.finfo(accumulated(dtype)).eps > 1
 
 
 class Blockwise:
@@ -41,6 +50,36 @@ class Blockwise:
         self.value: torch.Tensor = node.meta["val"][0] if block else node.meta["val"]
         self.layout: Layout = node.meta["layout"][0] if block else node.meta["layout"]
         self._fake: tuple[torch.Tensor, ...] | None = None
+        if not block and isinstance(self.mask, fx.Node) and _reaches(self.mask.meta["val"].dtype, self.value.dtype):
+            self.q, self.mask = self._levelled(self.q, self.mask)
+
+    def _levelled(self, q: fx.Node, mask: fx.Node) -> Pair:
+        """Queries and mask without what their scores are lost in, a row's largest mask over all its keys."""
+        layout: Layout = mask.meta["layout"]
+        rows = layout.with_dim(len(layout.dims) - 1, Dim.whole(1))
+        lead: list[Dim] = [Dim.whole(1)] * (len(self.layout.dims) - len(rows.dims)) + [*rows.dims]
+        pairs = zip(q.meta["layout"].dims, lead, strict=True)
+        queries = Layout(tuple(there if here.size == 1 else here for here, there in pairs))
+        top = self._computed(aten.amax.default, (mask, [-1], True), rows)
+        height = self._computed(aten.abs.default, (top,), rows)
+        lost = self._computed(aten.gt.Scalar, (height, 1 / torch.finfo(accumulated(self.value.dtype)).eps), rows)
+        finite = self._computed(aten.lt.Scalar, (height, math.inf), rows)
+        lost = self._computed(aten.logical_and.default, (lost, finite), rows)
+        kept = self._computed(aten.logical_not.default, (lost,), rows)
+        off = self._computed(aten.masked_fill.Scalar, (top, kept, 0.0), rows)
+        return (
+            self._computed(aten.masked_fill.Scalar, (q, lost, 0.0), queries),
+            self._computed(aten.sub.Tensor, (mask, off), layout),
+        )
+
+    def _computed(self, target: Any, args: tuple[Any, ...], layout: Layout) -> fx.Node:
+        """A node with the value that the operator gives; one that is there already with these arguments is taken."""
+        for user in next(a for a in args if isinstance(a, fx.Node)).users:
+            if user.target is target and user.args == args and user < self.node:
+                return user
+        with self.value.fake_mode:  # type: ignore[attr-defined]
+            value = target(*(a.meta["val"] if isinstance(a, fx.Node) else a for a in args))
+        return self.emit(target, args, value, layout)
 
     def emit(self, target: Any, args: tuple[Any, ...], value: Any, layout: Any, **meta: Any) -> fx.Node:
         new = self.graph.call_function(target, args)
