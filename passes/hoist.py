@@ -9,6 +9,7 @@ Which inputs stay the same is a guess that costs nothing but time where it is wr
 again whenever an input that it reads has changed (``fastpar.run.hoisted``). To see that, every call reads those inputs,
 weights too, once. So hoisting has a price, and only what the clock says is worth it goes: of all sets of operators
 that need nothing outside themselves, the one that saves most beyond the check of its inputs. What reads none is free.
+And only if the scheduled call is shorter for it: what is computed again in every step can hide exchanges.
 
 The values that are handed over are kept on the device, so some are made again on every call instead: views,
 constants, copies that are larger than what they copy, and other forms of a weight (a cast, a dequantised one), which
@@ -33,6 +34,7 @@ from fastpar.graph.pipeline import Pass, PassContext
 from fastpar.graph.program import Program, source_line
 from fastpar.graph.prologue import bytes_on_ranks
 from fastpar.graph.roofline import is_view, local_shape, reads
+from fastpar.graph.schedule import SLACK, calls, shortest
 from fastpar.graph.tidy import escaping
 from fastpar.ops.collectives import COLLECTIVES
 from fastpar.ops.join import join
@@ -190,13 +192,25 @@ def _paying(program: Program, fixed: dict[fx.Node, None], ctx: PassContext) -> d
     once = ctx.costs.checked([])
     cost = {p: ctx.costs.checked([size]) - once for p, size in sizes.items()}
     worth = {n: saved.get(n, 0.0) - cost.get(n, 0.0) for n in (*inputs, *fixed)}
+    told: set[fx.Node] = set()
+    free = _with_what_is_free(told, worth, needs)
     chosen = best_closure(worth, needs)
     if sum(map(worth.__getitem__, chosen)) <= once:
         chosen = set()
-    for node in worth:  # what is free, or takes only what is checked anyway
-        if worth[node] >= 0 and all(m in chosen for m in needs.get(node, ())):
-            chosen.add(node)
-    left = [n for n in fixed if n not in chosen and saved[n] > 0]
+    chosen = _with_what_is_free(chosen, worth, needs)
+    if chosen != free:
+        check = ctx.costs.checked([sizes[m] for m in sizes if m in chosen])
+        fused = sum(saved[n] for n in fixed if n in chosen and not reads(n))  # not in the tasks of a schedule
+        steps = [[n for n in calls(program.graph) if n not in front] for front in (free, chosen)]
+        before, after = (shortest(step, ctx.costs.tasks(program.graph)) for step in steps)
+        if check + after > (1 + SLACK) * (before + fused):
+            ctx.notes.append(
+                f"hoist: what it could take from the steps stays in them, for exchanges travel meanwhile: a call would "
+                f"take {1e6 * (check + after):.0f} us, {1e6 * check:.0f} of them to check what was used, and not "
+                f"{1e6 * (before + fused):.0f}"
+            )
+            chosen, told = free, chosen
+    left = [n for n in fixed if n not in chosen and n not in told and saved[n] > 0]
     if left:
         read = [m for m in _behind(left, needs) if m in sizes and m not in chosen]
         ctx.notes.append(
@@ -206,6 +220,17 @@ def _paying(program: Program, fixed: dict[fx.Node, None], ctx: PassContext) -> d
             f" us ({sum(sizes[m] for m in read):,} bytes) ({source_line(left[0])})"
         )
     return {n: None for n in fixed if n in chosen}
+
+
+def _with_what_is_free(
+    chosen: Collection[fx.Node], worth: Mapping[fx.Node, float], needs: Mapping[fx.Node, Iterable[fx.Node]]
+) -> set[fx.Node]:
+    """And what takes nothing, or only what is checked anyway."""
+    found = set(chosen)
+    for node in worth:
+        if worth[node] >= 0 and all(m in found for m in needs.get(node, ())):
+            found.add(node)
+    return found
 
 
 def _behind(nodes: Iterable[fx.Node], needs: Mapping[fx.Node, Iterable[fx.Node]]) -> dict[fx.Node, None]:

@@ -24,6 +24,7 @@ from fastpar.core.mesh import Mesh
 from fastpar.graph.pipeline import Pass, PassContext
 from fastpar.graph.program import Program, source_line
 from fastpar.graph.roofline import is_view
+from fastpar.graph.schedule import SLACK, calls, shortest
 from fastpar.graph.tidy import dead_code
 from fastpar.ops.collectives import all_gather, all_to_all, gathers_evenly, local
 from fastpar.rules import Call, Pos, rule_for
@@ -32,6 +33,8 @@ from fastpar.sharding.insert import HEAVY, seed_layout
 _ATTENTION = "fastpar::attention"
 WHY = "columns"
 """What its exchanges are for (``meta["why"]``)."""
+Level = tuple[int, tuple[str, ...]]
+"""How many repeated products come before those of a level, and the axes along which ranks repeat them."""
 
 
 @dataclass(frozen=True)
@@ -46,28 +49,47 @@ class SplitWeights(Pass):
     def apply(self, program: Program, ctx: PassContext) -> Program:
         if ctx.costs is None:
             raise OptionError("pass 'split-weights' needs a cost model, which a pipeline without a topology lacks")
-        graph, mesh = program.graph, program.mesh
-        place = {node: float(i) for i, node in enumerate(graph.nodes)}
-        fixed = _fixed(program)
-        for (depth, axes), nodes in sorted(_levels(program, fixed).items()):
-            level = [_Split(node, axes, mesh, fixed) for node in nodes]
-            level = [one for one in level if one.possible]
-            for one in level:
-                one.write(graph, place)
-            taken = self._share(graph, level, place, ctx)
-            for one in level:
-                if one in taken:
-                    one.made[-1].meta["columns"] = (depth, axes)
-                else:
-                    one.erase(graph)
-        dead_code(graph)  # whole weights that nothing takes any more
-        _settle(graph, place)
-        graph.lint()
+        levels = sorted(_levels(program, _fixed(program)).items())
+        names = {key: [n.name for n in nodes] for key, nodes in levels}
+        seconds = shortest(calls(program.graph), ctx.costs.tasks(program.graph)) if levels else 0.0
+        for key, level in names.items():
+            trial = program.copy()
+            shared = self._share(trial, key, level, ctx)
+            if not shared:
+                continue
+            takes = shortest(calls(trial.graph), ctx.costs.tasks(trial.graph))
+            if takes <= (1 + SLACK) * seconds or self.always:
+                program, seconds = trial, min(seconds, takes)
+                continue
+            ctx.notes.append(
+                f"split-weights: {len(shared)} of the products that every rank repeats stay whole: a call would take "
+                f"{1e6 * takes:.0f} us and not {1e6 * seconds:.0f}, for exchanges travel while ranks compute them "
+                f"({source_line(shared[0])})"
+            )
+        program.graph.lint()
         program.gm.recompile()
         return program
 
+    def _share(self, program: Program, key: Level, names: list[str], ctx: PassContext) -> list[fx.Node]:
+        """Share out what pays of a level; the products that were (they are no longer in the program)."""
+        graph, fixed, (depth, axes) = program.graph, _fixed(program), key
+        place = {node: float(i) for i, node in enumerate(graph.nodes)}
+        own = {n.name: n for n in graph.nodes}
+        level = [_Split(own[name], axes, program.mesh, fixed) for name in names]
+        level = [one for one in level if one.possible]
+        for one in level:
+            one.write(graph, place)
+        taken = self._gathered(graph, level, place, ctx)
+        for one in level:
+            if one in taken:
+                one.made[-1].meta["columns"] = (depth, axes)
+            else:
+                one.erase(graph)
+        dead_code(graph)  # whole weights that nothing takes any more
+        _settle(graph, place)
+        return [one.node for one in taken]
 
-    def _share(
+    def _gathered(
         self, graph: fx.Graph, level: list[_Split], place: dict[fx.Node, float], ctx: PassContext
     ) -> list[_Split]:
         """Those of a level that are shared out: each of them saves more than its part of the gather takes."""
@@ -104,11 +126,11 @@ def _fixed(program: Program) -> set[fx.Node]:
     return fixed
 
 
-def _levels(program: Program, fixed: set[fx.Node]) -> dict[tuple[int, tuple[str, ...]], list[fx.Node]]:
-    """Products that ranks along some axes repeat: by how many such come before them, and by those axes."""
+def _levels(program: Program, fixed: set[fx.Node]) -> dict[Level, list[fx.Node]]:
+    """Products that ranks repeat."""
     mesh, dealt = program.mesh, program.gm.meta.get("dealt")
     depth: dict[fx.Node, int] = {}
-    found: dict[tuple[int, tuple[str, ...]], list[fx.Node]] = {}
+    found: dict[Level, list[fx.Node]] = {}
     for node in program.graph.nodes:
         depth[node] = max((depth[n] for n in node.all_input_nodes), default=0)
         schema = getattr(node.target, "_schema", None)
