@@ -22,7 +22,7 @@ from benchmarks.models import full_size
 from benchmarks.record import write
 from fastpar.core.plan import Plan
 from fastpar.graph.program import Program
-from fastpar.graph.prologue import bytes_on_ranks, split
+from fastpar.graph.prologue import bytes_on_ranks, checked, split
 from fastpar.graph.schedule import parts, play
 from fastpar.ops.collectives import COLLECTIVES
 from fastpar.plan.durations import durations
@@ -58,7 +58,8 @@ def measure(program: Program, plan: str, end: str, order: tuple[str, ...], machi
     step = parts(built.lowered.graph)[1]
     found = play(step, costs.tasks(built.lowered.graph))
     cut = split(built.lowered)
-    sizes = [max(bytes_on_ranks(built.lowered, n)) for n in cut.prologue.placeholders] if cut is not None else []
+    read = [part for several in checked(cut.prologue).values() for part in several] if cut is not None else []
+    sizes = [max(bytes_on_ranks(built.lowered, part)) for part in read]
     check = costs.checked(sizes) if sizes else 0.0  # of what the prologue read, on every call
     ways = built.lowered.gm.meta.get("schedule")
     return {

@@ -28,7 +28,7 @@ from fastpar.run.artefact import Runner
 from fastpar.run.build import Built, build
 from fastpar.run.capturing import capturing
 from fastpar.run.groups import check_device, group_of, need_group, process_groups, world
-from fastpar.run.hoisted import artefact_of
+from fastpar.run.hoisted import Again, artefact_of
 from fastpar.run.onesided import one_sided
 from fastpar.run.origin import fields, origin
 from fastpar.run.stream import Dealt, ends_frame, frame_counter
@@ -86,7 +86,9 @@ def finish(program: Program, options: Options, group: Any, last: bool = False, h
     agree(given, group, options.timeout)
     made = origin(given, built)
     dealt = (built.dealt,) if built.dealt else ()
-    also = [*([dealt] if dealt else []), *axes_held(built.lowered)]
+    # axes of the ranks that run a call together
+    together = tuple(a for a in built.mesh.names if a not in dealt and built.mesh.size((a,)) > 1)
+    also = [*([dealt] if dealt else []), *axes_held(built.lowered), *([together] if together else [])]
     groups = process_groups(built.lowered.graph, built.mesh, group, also)
     localise: Callable[[Built], Program] = lambda b: b.localise(rank, groups)  # noqa: E731
     compile = LOWERINGS[lowering]()
@@ -106,7 +108,8 @@ def finish(program: Program, options: Options, group: Any, last: bool = False, h
     local = localised(built)
     if dump is not None:
         dump(None, local, None, 0.0)
-    runner: Runner = artefact_of(local, compile, lambda varying: localised(built.hoisted_anew(varying)))
+    again: Again = lambda varying: localised(built.hoisted_anew(varying))  # noqa: E731
+    runner: Runner = artefact_of(local, compile, again, groups.get(together))
     if hold:
         runner = Held(runner, built.lowered, built.mesh, rank, groups)
     if dealt:

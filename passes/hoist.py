@@ -32,7 +32,7 @@ from fastpar.graph.closure import best_closure
 from fastpar.graph.count import node_flops
 from fastpar.graph.pipeline import Pass, PassContext
 from fastpar.graph.program import Program, source_line
-from fastpar.graph.prologue import bytes_on_ranks
+from fastpar.graph.prologue import bytes_on_ranks, parts_read
 from fastpar.graph.roofline import is_view, local_shape, reads
 from fastpar.graph.schedule import SLACK, calls, shortest
 from fastpar.graph.tidy import escaping
@@ -188,7 +188,7 @@ def _paying(program: Program, fixed: dict[fx.Node, None], ctx: PassContext) -> d
     saved = {n: 0.0 if n in anew or _cheap(n) else _saved(n, fixed, ctx) for n in fixed}
     needs = {n: [m for m in n.all_input_nodes if m in fixed or m.op == "placeholder"] for n in fixed}
     inputs = dict.fromkeys(m for several in needs.values() for m in several if m.op == "placeholder")
-    sizes = {m: _bytes(program, m) for m in inputs}
+    sizes = {p: _bytes(program, p) for m in inputs for p in parts_read(m, fixed, lambda n: _bytes(program, n))}
     once = ctx.costs.checked([])
     cost = {p: ctx.costs.checked([size]) - once for p, size in sizes.items()}
     worth = {n: saved.get(n, 0.0) - cost.get(n, 0.0) for n in (*inputs, *fixed)}

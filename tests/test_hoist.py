@@ -16,25 +16,19 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fastpar
 import fastpar.backend as backend
-from fastpar.core.errors import OptionError
 from fastpar.core.plan import Plan
-from fastpar.graph.closure import best_closure
-from fastpar.graph.pipeline import PassContext, Pipeline
+from fastpar.graph.pipeline import Pipeline
 from fastpar.graph.prologue import split
 from fastpar.ops.checksum import checksum_of, checksums
 from fastpar.ops.collectives import COLLECTIVES
-from fastpar.passes.hoist import Hoist
 from fastpar.plan.expand import pipeline_text
 from fastpar.registry import PASSES
 from fastpar.run.artefact import Artefact
 from fastpar.run.build import build
-from fastpar.run.hoisted import _check
 from fastpar.run.stream import PATIENCE, STREAMS, current_generation
 from tests.test_replicas import torchrun
 
@@ -250,94 +244,6 @@ def test_the_sample_is_told_from_what_stays() -> None:
     program = lowered(Takes(), (latents, residual, t, 3, torch.randn(2, 5, 6), torch.randn(64, 3)), "ulysses=1")
     assert set(program.gm.meta["varying"]) >= {"latents", "residual", "t"}
     assert not {"text", "ids"} & set(program.gm.meta["varying"])
-
-
-# -- what pays ------------------------------------------------------------------------------------
-
-
-class Crossed(nn.Module):
-    """A prompt of few tokens through a wide weight: little work, and much to check; and one of more, through layers."""
-
-    def __init__(self, wide: int, widths: tuple[int, ...]) -> None:
-        super().__init__()
-        self.kv = nn.Linear(wide, 2 * 32, bias=False)
-        self.deep = nn.Sequential(*(nn.Linear(*ends, bias=False) for ends in itertools.pairwise((32, *widths, 64))))
-
-    def forward(self, x: Tensor, few: Tensor, many: Tensor) -> Tensor:
-        for layer, text in ((self.kv, few), (self.deep, many)):
-            q, k, v = (y.unflatten(-1, (2, 16)).transpose(1, 2) for y in (x, *layer(text).chunk(2, -1)))
-            x = x + F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        return x
-
-
-def crossed(
-    wide: int, tokens: int, widths: tuple[int, ...] = (1024, 1024), plan: str = "ulysses=1", hoist: str = "hoist"
-) -> Any:
-    """A built program; weights have no memory, so that they may be of any size."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    with FakeTensorMode():
-        model = Crossed(wide, widths).requires_grad_(False)
-        given = (torch.randn(1, 64, 32), torch.randn(1, 2, wide), torch.randn(1, tokens, 32))
-    recorded = fastpar.capture(model, given).programs[0]
-    text = pipeline_text(Plan.parse(plan), schedule=False).removesuffix("split-weights,hoist")
-    return build(recorded.program, plan, passes=text + hoist)
-
-
-def read_by_prologue(built: Any) -> set[str]:
-    parts = split(built.lowered)
-    return {i.name for i in parts.prologue.inputs} if parts else set()
-
-
-def test_what_costs_more_to_check_than_to_compute_stays_and_is_said() -> None:
-    """A product that is bound by reading its weight saves no more than the check takes, which reads it too."""
-    built = crossed(wide=1 << 20, tokens=1 << 14)
-    assert read_by_prologue(built) == {"deep.0.weight", "deep.1.weight", "deep.2.weight", "many"}
-    (said,) = [n for n in built.notes if str(n).startswith("hoist")]
-    assert "1 operators" in said and f"{((1 << 26) + (1 << 21)) * 4:,} bytes" in said
-    assert "layer(text)" in said  # where it is
-
-
-def test_always_hoists_it_all() -> None:
-    built = crossed(wide=1 << 20, tokens=1 << 14, hoist="hoist{always=true}")
-    assert read_by_prologue(built) >= {"kv.weight", "few", "deep.1.weight", "many"}
-    assert not [n for n in built.notes if str(n).startswith("hoist")]
-
-
-def test_where_nothing_pays_there_is_no_check() -> None:
-    built = crossed(wide=1 << 20, tokens=2, widths=())
-    assert split(built.lowered) is None
-
-
-def test_without_a_cost_model_it_says_so() -> None:
-    program = crossed(wide=32, tokens=2).lowered
-    with pytest.raises(OptionError, match="needs a cost model"):
-        Hoist().apply(program, PassContext())
-
-
-def test_all_ranks_check_the_same(made: list[Artefact]) -> None:
-    """Whole weights, also where columns of a product are shared out: else one rank would see a change, run its part
-    of an exchange again, and wait for the others for ever."""
-    passes = "split-weights{always=true},hoist{always=true}"
-    built = crossed(wide=1 << 14, tokens=1 << 14, plan="ulysses=2", hoist=passes)
-    for rank in range(2):
-        parts = split(built.localise(rank))
-        assert parts is not None
-        (given,) = (n for n in _check(parts.prologue).graph.nodes if n.target is checksums)
-        assert {tuple(n.meta["val"].shape) for n in given.args[0]} >= {(64, 1 << 14)}
-        assert all(n.op == "placeholder" for n in given.args[0])
-
-
-@given(st.data())
-def test_the_best_closure_is_the_best_of_all(data: st.DataObject) -> None:
-    count = data.draw(st.integers(1, 7))
-    worth = {i: float(data.draw(st.integers(-5, 5))) for i in range(count)}
-    needs = {i: data.draw(st.sets(st.integers(0, i - 1))) if i else set() for i in range(count)}
-    closed = [set(c) for n in range(count + 1) for c in itertools.combinations(range(count), n)
-              if all(needs[i] <= set(c) for i in c)]  # fmt: skip
-    found = best_closure(worth, needs)
-    assert found in closed
-    assert sum(worth[i] for i in found) == max(sum(worth[i] for i in c) for c in closed)
 
 
 # -- generations and streams ----------------------------------------------------------------------
@@ -632,7 +538,8 @@ def test_the_checksum_of_views_with_gaps_offsets_and_other_orders() -> None:
 
 @pytest.mark.distributed
 def test_on_two_processes() -> None:
-    """A broadcast into the same tensor, LoRA, prompts that always change, calls that are dealt, weights in parts."""
-    plans = ["ulysses=2", "tp=2+shards", "cfg=2", "ulysses=2+one-sided", "tp=2+shards+one-sided"]
+    """A broadcast into the same tensor, LoRA, prompts that always change, calls that are dealt, weights in parts,
+    and in parts of which one changes."""
+    plans = ["ulysses=2", "ulysses=2+columns", "tp=2+shards", "cfg=2", "ulysses=2+one-sided", "tp=2+shards+one-sided"]
     printed = torchrun(*plans, script="tests.scripts.generations", ranks=2)
     assert printed.count("off by") == 2 * len(plans)

@@ -172,7 +172,8 @@ def _once(report: Report) -> str:
     return (
         f"once per generation: {once.flops_share:.4f} of one device's FLOPs, {once.bytes:,} bytes, {once.collectives} "
         f"collectives; then {report.step_flops_share:.4f}, {report.step_bytes_per_rank:,}, {report.step_collectives}. "
-        f"{once.values} values are kept ({once.kept_bytes:,} bytes), {once.checked_bytes:,} bytes checked per call; "
+        f"{once.values} values are kept ({once.kept_bytes:,} bytes), {once.checked_bytes:,} bytes checked per call"
+        f"{f' and {once.agreements} all-reduces of the answer' if once.agreements else ''}; "
         f"changing from call to call: {', '.join(once.varying)}"
     )
 

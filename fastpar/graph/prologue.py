@@ -5,6 +5,7 @@ The runtime runs the first once per generation and stream and the second on ever
 
 from __future__ import annotations
 
+from collections.abc import Callable, Container
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,8 +13,10 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from fastpar.core.layout import Layout
 from fastpar.graph.program import Input, Program, module_of
-from fastpar.graph.roofline import local_shape, node_bytes
+from fastpar.graph.roofline import is_view, local_shape, node_bytes
+from fastpar.ops.collectives import local
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,28 @@ def split(program: Program) -> Parts | None:
         _part(program, second, (*program.inputs, *state), "Step"),
         reads,
     )
+
+
+def parts_read(given: fx.Node, inside: Container[fx.Node], size: Callable[[fx.Node], int]) -> list[fx.Node]:
+    """What operators ``inside`` read of an input: the input itself, or views of it that are less than it, where they
+    take nothing else (a rank's columns of a weight). ``size`` is a value's bytes."""
+    users = [user for user in given.users if user in inside]
+    if not users or not all(is_view(user) or user.target is local for user in users):
+        return [given]
+    parts = list(dict.fromkeys(part for user in users for part in parts_read(user, inside, size)))
+    return parts if sum(map(size, parts)) < size(given) else [given]
+
+
+def checked(prologue: Program) -> dict[fx.Node, list[fx.Node]]:
+    """By input, what a prologue reads of it: what a check has to look at."""
+    inside = {n for n in prologue.graph.nodes if n.op == "call_function"}
+    return {x: parts_read(x, inside, lambda n: max(bytes_on_ranks(prologue, n))) for x in prologue.placeholders}
+
+
+def apart(prologue: Program) -> bool:
+    """Whether ranks check different things: parts of a weight that are not the same on all of them."""
+    layouts = (part.meta.get("layout") for several in checked(prologue).values() for part in several)
+    return any(isinstance(layout, Layout) and bool(layout.split_axes) for layout in layouts)
 
 
 def bytes_on_ranks(program: Program, node: fx.Node) -> list[int]:

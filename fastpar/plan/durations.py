@@ -55,7 +55,7 @@ class Durations:
 
     def checked(self, sizes: Iterable[float]) -> float:
         """Seconds of the check, on every call, of inputs with so many bytes each: hoisted values are made of them.
-        Of none, what any check takes besides."""
+        Of none, what any check takes besides. (Where ranks agree on the answer, that travels while they compute.)"""
         return CHECK + sum(check_seconds(size, self.topology.device) for size in sizes)
 
     def _text(self, arg: Any) -> str:

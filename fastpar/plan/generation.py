@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fastpar.core.errors import OptionError
 from fastpar.core.mesh import Mesh
 from fastpar.graph.program import Program
-from fastpar.graph.prologue import Parts, split
+from fastpar.graph.prologue import Parts, checked, split
 from fastpar.graph.roofline import local_shape, node_bytes
 from fastpar.plan.clock import CHECK, call, check_seconds, play
 from fastpar.plan.engine import Call, Op
@@ -76,5 +76,6 @@ def generation(
 
 def _checked(parts: Parts, rank: int, mesh: Mesh, device: Device) -> float:
     """Seconds in which a rank sees whether what its prologue reads has changed."""
-    sizes = [node_bytes(n, local_shape(n, mesh, rank)) for n in parts.prologue.placeholders]
+    read = [part for several in checked(parts.prologue).values() for part in several]
+    sizes = [node_bytes(part, local_shape(part, mesh, rank)) for part in read]
     return CHECK + sum(check_seconds(size, device) for size in sizes) if sizes else 0.0

@@ -84,7 +84,8 @@ class Hoisted:
 
     ``flops_share`` is of eager's FLOPs, ``bytes`` leave the busiest rank, ``collectives`` is how many. For it a rank
     keeps ``values`` tensors of ``kept_bytes`` per stream, and checks ``checked_bytes`` of inputs and weights on every
-    call. ``varying`` are the inputs that are taken to change from step to step.
+    call; where ranks check different parts there are ``agreements`` all-reduces per call, of a number per input.
+    ``varying`` are the inputs that are taken to change from step to step.
     """
 
     flops_share: float = 0.0
@@ -93,6 +94,7 @@ class Hoisted:
     values: int = 0
     kept_bytes: int = 0
     checked_bytes: int = 0
+    agreements: int = 0
     varying: tuple[str, ...] = ()
 
     def __add__(self, other: Hoisted) -> Hoisted:

@@ -28,7 +28,7 @@ from fastpar.graph.capture import Captured, Inputs, Recorded, call_arguments, ca
 from fastpar.graph.check import check_order
 from fastpar.graph.count import Collective, attainable, bytes_crossing, bytes_per_rank, collectives, flops, node_flops
 from fastpar.graph.program import Program, source_line, target_name
-from fastpar.graph.prologue import split
+from fastpar.graph.prologue import apart, checked, split
 from fastpar.plan import clock
 from fastpar.plan.formula import Volume, dealt_bytes, volume
 from fastpar.plan.generation import generation
@@ -233,7 +233,8 @@ def _hoisted(built: Built, eager: int, deal: int) -> Hoisted:
         collectives=sum(c.count for c in collectives(parts.prologue)),
         values=len(parts.kept),
         kept_bytes=held(parts.kept),
-        checked_bytes=held(parts.prologue.placeholders),
+        checked_bytes=held([part for several in checked(parts.prologue).values() for part in several]),
+        agreements=int(apart(parts.prologue)),
         varying=varying,
     )
 

@@ -349,12 +349,17 @@ MUTANTS = (
     # -- what pays
     Mutant(
         "hoist: a check costs nothing", "passes/hoist.py", "saved.get(n, 0.0) - cost.get(n, 0.0)", "saved.get(n, 0.0)",
-        ("tests/test_hoist.py", "-k", "costs_more"),
+        ("tests/test_hoist_pays.py", "-k", "costs_more"),
+    ),
+    Mutant(
+        "hoist: whole weights are checked", "fastpar/graph/prologue.py",
+        "return parts if sum(map(size, parts)) < size(given) else [given]", "return [given]",
+        ("tests/test_hoist_pays.py", "-k", "only_the_part"),
     ),
     Mutant(
         "hoist: what is free comes without what it needs", "passes/hoist.py",
         "worth[node] >= 0 and all(m in chosen for m in needs.get(node, ()))", "worth[node] >= 0",
-        ("tests/test_hoist.py", "-k", "costs_more or nothing_pays"),
+        ("tests/test_hoist_pays.py", "-k", "costs_more or nothing_pays"),
     ),
     # -- what travels in 8 bits
     Mutant(

@@ -1,8 +1,8 @@
 """Hoisted values on real processes: what changes between the calls of a sampler, and results that stay right.
 
-Run by torchrun with plans as arguments (``+shards``: weights in parts; ``+one-sided``). Prints per rank and plan how
-far the worst result is from eager's and which programs ran; exits non-zero where a result is wrong, ranks differ, or a
-prologue ran more or less often than it must.
+Run by torchrun with plans as arguments (``+shards``: weights in parts; ``+columns``: ranks share out what they would
+repeat; ``+one-sided``). Prints per rank and plan how far the worst result is from eager's and which programs ran; exits
+non-zero where a result is wrong, ranks differ, or a prologue ran more or less often than it must.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from torch import Tensor
 
 import fastpar
 import fastpar.backend as backend
+from fastpar.core.plan import Plan
+from fastpar.plan.expand import pipeline_text
 from fastpar.run.artefact import Artefact
 from tests.test_hoist import Denoiser, prompt, sample
 
@@ -41,13 +43,19 @@ MAKE = backend.artefact_of
 class Sampler:
     """The compiled model beside the model; every call is compared, on this rank and between ranks."""
 
-    def __init__(self, plan: str, shards: bool, transport: str) -> None:
+    def __init__(self, plan: str, shards: bool, columns: bool, transport: str) -> None:
         torch.manual_seed(0)
         self.model = Denoiser(refine=True).double().eval().requires_grad_(False)
         other = Denoiser(refine=True).double().eval().requires_grad_(False)
         other.load_state_dict(self.model.state_dict())
         torch._dynamo.reset()
-        self.compiled = torch.compile(other, backend="fastpar", options={"plan": plan, "transport": transport})
+        options = {"plan": plan, "transport": transport}
+        if columns:
+            text = pipeline_text(Plan.parse(plan))
+            for name in ("split-weights", "hoist"):
+                text = text.replace(name, f"{name}{{always=true}}")
+            options["passes"] = text
+        self.compiled = torch.compile(other, backend="fastpar", options=options)
         self.other, self.shards = other, fastpar.shard_weights(other) if shards else None
         self.worst, self.digest = 0.0, hashlib.sha256()
 
@@ -63,6 +71,20 @@ class Sampler:
             model.kv[0].weight.data += sign * delta
 
 
+    def merge_a_part(self) -> None:
+        """Into rows that only the last rank's part of the weight has, and so only its check sees."""
+        last, mine = dist.get_world_size() - 1, dist.get_rank()
+        if self.shards is None:
+            for model in (self.model, self.other):
+                model.kv[0].weight.data[-1] += 1.0
+            return
+        weight = self.shards.weights["kv.0.weight"]
+        assert weight.held is not None and not weight.layout.is_whole
+        self.model.kv[0].weight.data[weight.layout.dims[0].rows(weight.where[0], last)[-1]] += 1.0
+        if mine == last:
+            weight.held.data[-1] += 1.0
+
+
 def took(**expected: int) -> bool:
     """Whether these programs ran on this rank since this was last asked."""
     good = dict(RAN) == {k: v for k, v in expected.items() if v}
@@ -74,8 +96,8 @@ def took(**expected: int) -> bool:
 
 def run(plan: str) -> bool:
     name, *more = plan.split("+")
-    shards = "shards" in more
-    mine = Sampler(name, shards, "one-sided" if "one-sided" in more else "two-sided")
+    shards, columns = "shards" in more, "columns" in more
+    mine = Sampler(name, shards, columns, "one-sided" if "one-sided" in more else "two-sided")
     x, t = sample()
     ps = [prompt(1, 7), prompt(2, 7)]
     share = 2 if name == "cfg=2" else 1  # separate calls are dealt: a rank runs every other one
@@ -100,6 +122,10 @@ def run(plan: str) -> bool:
                 mine.merge(sign)
                 mine(*sample(), p)
                 good &= took(prologue=1, step=2, check=1)
+            if shards or columns:
+                mine.merge_a_part()
+                mine(*sample(), p)
+                good &= took(prologue=1, step=2, check=1)  # on all ranks: they agree
             for seed in range(12):  # always another prompt: soon it varies, and the program is split anew
                 mine(*sample(), prompt(seed, 7))
             RAN.clear()
