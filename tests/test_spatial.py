@@ -81,6 +81,13 @@ class Codebook(nn.Module):
         return torch.cdist(x.movedim(1, -1).flatten(0, -2), self.book)
 
 
+class Smoothed(nn.Module):
+    """Fewer rows, each of many."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.interpolate(x, size=(4, 3), mode="bicubic", antialias=True)
+
+
 WINDOWS = {
     "transposed, kernel 4, stride 2": (nn.ConvTranspose2d(8, 6, 4, 2, 1), 2),
     "transposed, kernel 3, stride 2, output padding": (nn.ConvTranspose2d(8, 6, 3, 2, 1, output_padding=1), 2),
@@ -96,6 +103,29 @@ WINDOWS = {
     "replicated frames": (nn.Sequential(nn.ReplicationPad3d((1, 1, 1, 1, 2, 0)), nn.Conv3d(8, 6, 3)), 3),
     "repeated to an odd size": (nn.Sequential(nn.Upsample(size=(17, 11)), nn.Conv2d(8, 6, 3, 1, 1)), 2),
     "repeated two or three times": (nn.Upsample(size=(25, 14), mode="nearest-exact"), 2),
+    "average pool, the last window cut": (nn.AvgPool2d(2, ceil_mode=True), 2),
+    "average pool, padded": (nn.AvgPool2d(3, 2, 1), 2),
+    "average pool, padding not counted": (nn.AvgPool2d((3, 2), (2, 1), (1, 0), True, count_include_pad=False), 2),
+    "average pool, own divisor": (nn.AvgPool2d(3, 1, 1, divisor_override=7), 2),
+    "average pool, one dimension": (nn.AvgPool1d(3, 2, 1, ceil_mode=True), 1),
+    "average pool, three dimensions": (nn.AvgPool3d(2, 2, ceil_mode=True), 3),
+    "largest, windows that overlap": (nn.MaxPool2d(3, 2, 1), 2),
+    "largest, the last window cut": (nn.MaxPool2d((2, 3), ceil_mode=True), 2),
+    "largest between frames": (nn.MaxPool3d((2, 1, 1)), 3),
+    "averages of four by three": (nn.AdaptiveAvgPool2d((4, 3)), 2),
+    "averages of rows": (nn.AdaptiveAvgPool2d((4, 1)), 2),
+    "averages of more windows than rows": (nn.AdaptiveAvgPool1d(13), 1),
+    "bilinear": (nn.Sequential(nn.Upsample(scale_factor=2, mode="bilinear"), nn.Conv2d(8, 6, 3, 1, 1)), 2),
+    "bilinear, corners": (nn.Upsample(size=(20, 5), mode="bilinear", align_corners=True), 2),
+    "bilinear, a scale of its own": (nn.Upsample(scale_factor=(1.7, 0.6), mode="bilinear"), 2),
+    "trilinear between frames": (nn.Upsample(scale_factor=(2, 1, 1), mode="trilinear"), 3),
+    "bicubic": (nn.Upsample(size=(13, 13), mode="bicubic"), 2),
+    "linear, fewer rows": (nn.Upsample(size=4, mode="linear"), 1),
+    "nearest, fewer rows": (nn.Upsample(size=(4, 7), mode="nearest"), 2),
+    "smoothed": (Smoothed(), 2),
+    "mirrored rows": (nn.Sequential(nn.ReflectionPad2d((1, 2, 3, 1)), nn.Conv2d(8, 6, 3)), 2),
+    "mirrored over several ranks": (nn.Sequential(nn.ReflectionPad1d(8), nn.Conv1d(8, 6, 3)), 1),
+    "mirrored frames": (nn.Sequential(nn.ReflectionPad3d((1, 1, 0, 0, 2, 0)), nn.Conv3d(8, 6, 3)), 3),
     "distances": (Codebook(), 2),
 }
 

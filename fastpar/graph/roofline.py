@@ -30,7 +30,7 @@ _READS = frozenset(
     ["aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::convolution", "aten::_scaled_mm", "aten::_int_mm",
      "fastpar::attention", "fastpar::attention_lse", "aten::native_layer_norm", "aten::native_group_norm",
      "aten::_softmax", "aten::sum", "aten::mean", "aten::amax", "aten::cat", "aten::embedding",
-     "aten::index", "fastpar::resample"]  # fmt: skip
+     "aten::index", "fastpar::resample", "fastpar::band"]  # fmt: skip
 )
 
 

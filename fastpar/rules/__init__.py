@@ -5,6 +5,7 @@ Importing this package fills the table; ``rule_for`` looks an operator up.
 
 from fastpar.rules import (  # noqa: F401  (imported for their registrations)
     attention,
+    band,
     create,
     index,
     matmul,

@@ -1,77 +1,37 @@
 """Resampling (``fastpar::resample``): batch and channels pass through.
 
 Nearest-neighbour up-sampling by a whole factor repeats rows, so split rows stay where they
-are. By nearly one (a U-Net's odd sizes) it is written out, as such a repetition of which few
-rows are left out (``sharding/expand_resample.py``). Interpolation between rows, and other
-factors, need them whole.
+are. Interpolation between rows, and other sizes, are written out as maps of few neighbouring
+rows (``sharding/expand_resample.py``).
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
-import torch.nn.functional as F
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from fastpar.core.layout import Dim, Layout
 from fastpar.core.mesh import Mesh
 from fastpar.rules.table import Call, Decision, Gather, Localised, Pos, Rule, register, rows_before
 
-_RUNS = 8  # as many slices as a resampling may be written in
 
-
-def runs(call: Call, d: int) -> list[tuple[int, int]] | None:
-    """What nearest-neighbour up-sampling keeps of dimension ``d`` repeated by the next whole factor, as ranges.
-
-    None where that is not what it does, or takes more than ``_RUNS`` ranges.
-    """
+def whole_factor(call: Call, d: int) -> int:
+    """Whole factor by which a resampling repeats rows of dimension ``d``; 0 where it does not."""
     before, after = call.shapes[0][d], call.shape[d]
-    if call.arg(1, "size") is None or not 0 < before < after:
-        return None
-    wide = call.operands[0].meta["val"].dtype == torch.float64
-    found = _runs(before, after, str(call.arg(3, "mode")), torch.float64 if wide else torch.float32)
-    return list(found) if found is not None else None
-
-
-@lru_cache(maxsize=256)
-def _runs(before: int, after: int, mode: str, dtype: torch.dtype) -> tuple[tuple[int, int], ...] | None:
-    if not mode.startswith("nearest"):
-        return None
-    with unset_fake_temporarily():  # asked of the kernel, whose rounding of the scale decides
-        rows = F.interpolate(torch.arange(before, dtype=dtype)[None, None], size=after, mode=mode)
-        sources = [int(row) for row in rows.flatten().tolist()]
-    factor = -(-after // before)
-    out: list[tuple[int, int]] = []
-    copy, last = 0, -1
-    for source in sources:
-        copy = copy + 1 if source == last else 0
-        if copy >= factor or source < last:
-            return None
-        row, last = source * factor + copy, source
-        if out and out[-1][1] == row:
-            out[-1] = (out[-1][0], row + 1)
-        elif len(out) == _RUNS:
-            return None
-        else:
-            out.append((row, row + 1))
-    return tuple(out)
+    scales = call.arg(2, "scales")
+    if before == after and (scales is None or scales[d - 2] == 1 or call.arg(6, "recompute", None)):
+        return 1
+    if before == 0 or after % before or not str(call.arg(3, "mode")).startswith("nearest"):
+        return 0
+    return after // before
 
 
 class ResampleRule(Rule):
     """resample(x [N, C, *S], size?, scales?, mode, align_corners?, antialias, recompute?)"""
 
-    def _factor(self, call: Call, d: int) -> int:
-        """Whole factor by which rows of dimension ``d`` are repeated; 0 where they are not."""
-        before, after = call.shapes[0][d], call.shape[d]
-        if before == 0 or after % before or not str(call.arg(3, "mode")).startswith("nearest"):
-            return 0
-        return after // before
-
     def decide(self, call: Call, layouts: tuple[Layout, ...], mesh: Mesh) -> Decision:
         want, dims, gathers = layouts[0].summed(), [], []
         for d, dim in enumerate(want.dims):
-            factor = 1 if d < 2 else self._factor(call, d)
+            factor = 1 if d < 2 else whole_factor(call, d)
             if dim.is_whole:
                 dims.append(Dim.whole(call.shape[d]))
             elif factor and dim.single is not None:
@@ -85,8 +45,6 @@ class ResampleRule(Rule):
         return Decision((want,), (Layout(tuple(dims)),), tuple(gathers))
 
     def back(self, call: Call, pos: Pos) -> list[tuple[int, Pos]]:
-        if pos.dim > 1 and not self._factor(call, pos.dim) and runs(call, pos.dim) is None:
-            return [(0, pos)] if call.shapes[0][pos.dim] == call.shape[pos.dim] else []
         return [(0, p) for p in rows_before(pos, call.shape[pos.dim], call.shapes[0][pos.dim])]
 
     def carries(self, call: Call, marked: list[set[int]]) -> set[int]:

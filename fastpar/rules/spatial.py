@@ -282,7 +282,8 @@ class GroupNormRule(FactorRule):
 class WindowRule(FactorRule):
     """Keeps all leading dimensions; the last ``spatial`` ones are whole and may change size.
 
-    ``rows``: these can be split nevertheless, since the operator is then written out (``sharding/expand_spatial.py``).
+    ``rows``: these can be split nevertheless, since the operator is then written out (``sharding/expand_spatial.py``,
+    ``expand_resample.py``).
     """
 
     def __init__(self, spatial: int, rows: bool = False) -> None:
@@ -327,9 +328,8 @@ register("aten::convolution", CONVOLUTION)
 register("aten::native_group_norm", GroupNormRule(_group_norm))
 register("aten::constant_pad_nd", PadRule())
 for _n in (1, 2, 3):
-    register([f"aten::avg_pool{_n}d", f"aten::replication_pad{_n}d"], WindowRule(_n, rows=True))
     register(
-        [f"aten::reflection_pad{_n}d", f"aten::_adaptive_avg_pool{_n}d", f"aten::max_pool{_n}d_with_indices",
-         f"aten::adaptive_avg_pool{_n}d"],  # fmt: skip
-        WindowRule(_n),
+        [f"aten::avg_pool{_n}d", f"aten::_adaptive_avg_pool{_n}d", f"aten::adaptive_avg_pool{_n}d",
+         f"aten::max_pool{_n}d_with_indices", f"aten::replication_pad{_n}d", f"aten::reflection_pad{_n}d"],  # fmt: skip
+        WindowRule(_n, rows=True),
     )

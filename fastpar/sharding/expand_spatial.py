@@ -70,35 +70,25 @@ def transposed(call: Call, layouts: Sequence[Layout], mesh: Mesh) -> Written | N
     return written
 
 
-def pooled(call: Call, layouts: Sequence[Layout], mesh: Mesh) -> Written | None:
-    """An average over windows as a convolution of each channel with one number."""
-    spatial = len(call.args[1])  # type: ignore[arg-type]
-    shape = call.shapes[0]
-    lead = len(shape) - spatial
-    padding = call.arg(3, "padding", [0])
-    if lead < 2 or not _split(layouts[0], lead) or any(padding) or call.arg(4, "ceil_mode", False):
-        return None
-    if len(call.args) > 6 and call.args[6] is not None:  # a divisor of the user's own
+def mirrored(call: Call, layouts: Sequence[Layout], mesh: Mesh) -> Written | None:
+    """The first rows in front and the last ones behind, turned round (not the outermost ones)."""
+    layout = layouts[0].summed()
+    pads = list(call.arg(1, "padding"))
+    if not _split(layout, len(call.shape) - len(pads) // 2) or any(p < 0 for p in pads):
         return None
 
-    def written(x: Tensor, kernel: Any, stride: Any = (), *rest: Any) -> Tensor:
-        size = _per_dim(kernel, spatial)
-        strides = _per_dim(stride, spatial) if stride else size
-        channels = x.shape[1]
-        weight = torch.full([channels, 1, *size], 1 / math.prod(size), dtype=x.dtype, device=x.device)
-        ones, none = [1] * spatial, [0] * spatial
-        return aten.convolution.default(x, weight, None, strides, none, ones, False, none, channels)
+    def written(x: Tensor, padding: Any) -> Tensor:
+        for i in range(len(pads) // 2):
+            d, (before, after) = x.dim() - 1 - i, padding[2 * i : 2 * i + 2]
+            size, pieces = x.shape[d], [x]
+            if before:
+                pieces.insert(0, aten.flip.default(aten.slice.Tensor(x, d, 1, before + 1), [d]))
+            if after:
+                pieces.append(aten.flip.default(aten.slice.Tensor(x, d, size - 1 - after, size - 1), [d]))
+            x = aten.cat.default(pieces, d) if len(pieces) > 1 else x
+        return x
 
     return written
-
-
-def pooled_to_one(call: Call, layouts: Sequence[Layout], mesh: Mesh) -> Written | None:
-    """An adaptive average that leaves one row is a mean."""
-    size = list(call.arg(1, "output_size"))
-    lead = len(call.shape) - len(size)
-    if not _split(layouts[0], lead) or any(n != 1 for n in size):
-        return None
-    return lambda x, _size: aten.mean.dim(x, list(range(lead, x.dim())), True)
 
 
 def replicated(call: Call, layouts: Sequence[Layout], mesh: Mesh) -> Written | None:
@@ -121,7 +111,6 @@ def replicated(call: Call, layouts: Sequence[Layout], mesh: Mesh) -> Written | N
 
 
 TABLE: dict[str, Callable[[Call, Sequence[Layout], Mesh], Written | None]] = {
-    **{f"aten::avg_pool{n}d": pooled for n in (1, 2, 3)},
-    **{f"aten::{kind}adaptive_avg_pool{n}d": pooled_to_one for n in (1, 2, 3) for kind in ("", "_")},
     **{f"aten::replication_pad{n}d": replicated for n in (1, 2, 3)},
+    **{f"aten::reflection_pad{n}d": mirrored for n in (1, 2, 3)},
 }
