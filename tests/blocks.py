@@ -578,7 +578,8 @@ def move_tokens(s: State, how: str = "first", pick: int = 0) -> None:
         s.x = torch.cat([b_, a, s.linear(b_, c)], 1)
 
 
-@_into(BLOCKS, pick=PICK, how=("depthwise", "full", "line", "pool", "up", "down", "transposed", "wide"))
+@_into(BLOCKS, pick=PICK, how=("depthwise", "full", "line", "pool", "up", "down", "transposed", "wide",
+                                   "largest", "mirrored", "between", "averages"))
 def spatial(s: State, pick: int = 0, how: str = "depthwise") -> None:
     """The tokens as a picture [B, C, h, w], through a window, and back."""
     b, n, c = s.x.shape
@@ -596,6 +597,17 @@ def spatial(s: State, pick: int = 0, how: str = "depthwise") -> None:
             y = F.conv2d(x, s.make.weight(c, c, 5, 1), s.make.weight(c), padding=(4, 0), dilation=(2, 1))
         elif how == "pool":
             y = F.avg_pool2d(x, 3, stride=1, padding=1)
+        elif how == "largest":
+            y = F.max_pool2d(x, 3, 1, 1)
+        elif how == "mirrored":
+            y = F.pad(x, (0, 0, 1, 1), mode="reflect" if h > 1 else "replicate")
+            y = F.conv2d(y, s.make.weight(c, 1, 3, 1), groups=c)
+        elif how == "between":
+            y = torch.ops.fastpar.resample(x, [2 * h + 1, n // h], None, "bilinear", False, False)
+            y = torch.ops.fastpar.resample(y, [h, n // h], None, "bicubic", True, False)
+        elif how == "averages":
+            y = F.avg_pool2d(x, (2, 1), (2, 1), ceil_mode=True)
+            y = F.adaptive_avg_pool2d(y, (h, n // h))
         elif how == "down":
             y = F.conv2d(x, s.make.weight(c, c, 3, 3), s.make.weight(c), stride=2, padding=1)
             y = torch.ops.fastpar.resample(y, [h, n // h], None, "nearest", None, False)

@@ -363,6 +363,41 @@ MUTANTS = (
     ),
     # -- what travels in 8 bits
     Mutant(
+        "hoist: ranks that check different parts do not agree", "fastpar/graph/prologue.py",
+        "return any(isinstance(layout, Layout) and bool(layout.split_axes) for layout in layouts)", "return False",
+        ("tests/test_hoist_pays.py", "-k", "only_the_part"),
+    ),
+    Mutant(
+        "hoist: what hides exchanges goes", "passes/hoist.py",
+        "if check + after > (1 + SLACK) * (before + fused):", "if False:",
+        ("tests/test_hoist_pays.py", "-k", "hides"),
+    ),
+    Mutant(
+        "split-weights: what hides exchanges is shared out", "passes/split_weights.py",
+        "if takes <= (1 + SLACK) * seconds or self.always:", "if True:",
+        ("tests/test_split_weights.py", "-k", "hides"),
+    ),
+    Mutant(
+        "ring: rows that a large number hides are added up", "fastpar/sharding/blockwise.py",
+        "torch.finfo(accumulated(dtype)).eps > 1", "torch.finfo(accumulated(dtype)).eps < 0",
+        ("tests/test_ring.py", "-k", "large_number and shape0"),
+    ),
+    Mutant(
+        "ring: queries stay where their scores are lost", "fastpar/sharding/blockwise.py",
+        "(q, lost, 0.0), queries)", "(q, kept, 0.0), queries)",
+        ("tests/test_ring.py", "-k", "large_number and shape0"),
+    ),
+    Mutant(
+        "band: a window lacks its last row", "fastpar/rules/band.py",
+        "max(at) + found.width - min(at) if at else 0", "max(at) + max(found.width - 1, 1) - min(at) if at else 0",
+        ("tests/test_spatial.py", "-k", "bilinear"),
+    ),
+    Mutant(
+        "band: numbers from outside a window count", "fastpar/ops/band.py",
+        ".masked_fill(weight == 0, lowest if largest else 0.0)", "",
+        ("tests/test_band.py",),
+    ),
+    Mutant(
         "fp8: the receiver's scale", "fastpar/ops/quantize.py", "scale.view(torch.float32).to(wide)",
         "scale.view(torch.float32).to(wide).flatten()[0]", fp8("magnitudes or format"),
     ),
