@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastpar.ops.band import band, table
 
@@ -73,6 +74,14 @@ def test_what_is_no_part_of_a_row_may_be_infinite() -> None:
     x = torch.ones(1, 1, 9)
     x[..., 6] = torch.inf
     torch.testing.assert_close(band(x, 2, "adaptive", 9, 4, [0, 4]), F.adaptive_avg_pool1d(x, 4))
+
+
+def test_tables_are_made_while_a_compile_is_under_way() -> None:
+    table.cache_clear()
+    with FakeTensorMode():
+        found = table("linear", 9, 23, True)
+    table.cache_clear()
+    assert found == table("linear", 9, 23, True)
 
 
 def test_it_is_registered_well() -> None:

@@ -73,7 +73,7 @@ def table(kind: str, before: int, after: int, wide: bool) -> Table:
         inside = (shift >= 0) & (shift < period)
         weights = torch.where(inside, weights.gather(0, shift.clamp(0, period - 1)), 0.0)
         centre = (centre + 0.5).long().clamp(0, before - 1)
-    return Table(tuple(at.tolist()), tuple(centre.tolist()), tuple(map(tuple, weights.T.tolist())))
+        return Table(tuple(at.tolist()), tuple(centre.tolist()), tuple(map(tuple, weights.T.tolist())))
 
 
 def _reach(kind: str, before: int, after: int) -> int:
