@@ -60,7 +60,8 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Results:
 
     Workers of xdist share one launch: the first one makes it, the others wait for its files.
     """
-    tasks = ("prompts", "gather", "resolutions", "steps", "without_rows", "verify_and_dump", *DIFFER, "after", "absent")
+    tasks = ("prompts", "gather", "resolutions", "steps", "without_rows", "windows", "verify_and_dump", *DIFFER,
+             "after", "absent")  # fmt: skip
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "two"
     with FileLock(f"{folder}.lock"):
@@ -74,7 +75,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Results:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("task", ["prompts", "gather", "after"])
+@pytest.mark.parametrize("task", ["prompts", "gather", "windows", "after"])
 def test_two_processes_are_exact(two: Results, task: str) -> None:
     for result in two:
         exact(result[task], distinct=2)

@@ -129,6 +129,16 @@ def gather() -> dict[str, Any]:
     return differences(model, compiled(model, plan=plan), inputs(), inputs(seed=1))
 
 
+def windows() -> dict[str, Any]:
+    """Convolutions between mirrored rows, pools and interpolation."""
+    torch.manual_seed(0)
+    down = [nn.ReflectionPad2d(1), nn.Conv2d(2, 8, 3), nn.SiLU(), nn.MaxPool2d(3, 2, 1), nn.Conv2d(8, 8, 3, 1, 1)]
+    up = [nn.Upsample(scale_factor=2, mode="bilinear"), nn.AvgPool2d(2, 1, ceil_mode=True), nn.Conv2d(8, 2, 3)]
+    model = nn.Sequential(*down, *up).eval().requires_grad_(False)
+    calls = [(torch.randn(1, 2, 14, 22, generator=torch.Generator().manual_seed(seed)),) for seed in (0, 1)]
+    return differences(model, compiled(model), *calls)
+
+
 def resolutions() -> dict[str, Any]:
     """Twenty resolutions, each twice."""
     model = denoiser(depth=1)
