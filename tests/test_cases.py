@@ -104,6 +104,12 @@ PLANS = {
         Recipe(tokens=7, heads=2, steps=(("self_attention", {}), ("normalise", {"kind": "group"}))),
         "gather=3",
     ),
+    "group norm of one batch item per rank": (
+        Recipe(batch=2, tokens=2, heads=5, width=4, start=("patches", {"kernel": 2}),
+               steps=(("feed_forward", {"bias": False, "merged": False}), ("normalise", {"kind": "group"})),
+               end=("tokens_out", {})),
+        "gather=2",
+    ),  # fmt: skip
     "the largest of all rows": (
         Recipe(tokens=7, steps=(("self_attention", {}), ("reduce_tokens", {"how": "amax"}))),
         "gather=3",

@@ -122,7 +122,7 @@ def _group_norm(call: Call, layouts: Sequence[Layout], mesh: Mesh) -> Written | 
     rule = rule_for(call)
     assert isinstance(rule, GroupNormRule)
     if all(d.is_whole for d in layouts[0].dims[1:]) or rule.groups(call, layouts[0], mesh) is not None:
-        return None
+        return _in_order(call, layouts[0], mesh)
 
     def written(
         x: torch.Tensor, weight: Any, bias: Any, n: int, c: int, hw: int, groups: int, eps: float
@@ -141,6 +141,22 @@ def _group_norm(call: Call, layouts: Sequence[Layout], mesh: Mesh) -> Written | 
         if bias is not None:
             y = y + bias.to(wide).reshape(shape)
         return y.to(x.dtype), mean.reshape(n, groups), rstd.reshape(n, groups)
+
+    return written
+
+
+def _in_order(call: Call, layout: Layout, mesh: Mesh) -> Written | None:
+    """The kernel insists on a contiguous operand. Where a rank has a single row of some dimension, operators before it
+    may choose another order in memory than they do for the whole value."""
+    alone = any(not dim.is_whole and min(dim.local(mesh, r) for r in range(mesh.ranks)) <= 1 for dim in layout.dims)
+    before = call.operands[0]
+    if not alone or (
+        before.target is aten.clone.default and before.kwargs.get("memory_format") is torch.contiguous_format
+    ):
+        return None
+
+    def written(x: torch.Tensor, *rest: Any) -> Any:
+        return aten.native_group_norm.default(aten.clone.default(x, memory_format=torch.contiguous_format), *rest)
 
     return written
 
