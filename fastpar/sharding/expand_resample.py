@@ -19,6 +19,7 @@ from fastpar.ops.band import band, table
 from fastpar.rules import Call
 from fastpar.rules.band import ends_of
 from fastpar.rules.resample import whole_factor
+from fastpar.sharding.expand_spatial import per_dim
 
 Written = Callable[..., Any]
 aten = torch.ops.aten
@@ -63,38 +64,30 @@ def resampled(call: Call, layouts: Sequence[Layout], mesh: Mesh) -> Written | No
 
 def pooled(call: Call, layouts: Sequence[Layout], mesh: Mesh) -> Written | None:
     """Averages over windows."""
-    spatial = len(call.arg(1, "kernel_size"))
-    layout, lead = layouts[0].summed(), len(call.shape) - spatial
+    each = _geometry(call)
+    layout, lead = layouts[0].summed(), len(call.shape) - len(each)
     if all(d.is_whole for d in layout.dims[lead:]):
         return None
-    size = _per_dim(call.arg(1, "kernel_size"), spatial)
-    strides = _per_dim(call.arg(2, "stride", ()) or size, spatial)
-    pads = _per_dim(call.arg(3, "padding", [0]), spatial)
     ceil, include = call.arg(4, "ceil_mode", False), call.arg(5, "count_include_pad", True)
     divisor = call.arg(6, "divisor_override", None)
     if divisor is not None and (ceil or not include):
         return None  # what is left of a window at the edge is divided by the same number
     words = (" ceil" if ceil else "") + ("" if include else " inside")
-    each = zip(size, strides, pads, strict=True)
     found = _bands(call, layout, {lead + i: f"average {k} {s} {p}{words}" for i, (k, s, p) in enumerate(each)})
     if found is None:
         return None
-    factor = 1.0 if divisor is None else math.prod(size) / divisor
+    factor = 1.0 if divisor is None else math.prod(k for k, _, _ in each) / divisor
     return lambda x, *rest, **more: found(x) if factor == 1 else found(x) * factor
 
 
 def largest(call: Call, layouts: Sequence[Layout], mesh: Mesh) -> Written | None:
     """Maxima over windows, where nobody asks which row was the largest."""
-    spatial = len(call.arg(1, "kernel_size"))
-    layout, lead = layouts[0].summed(), len(call.shape) - spatial
-    size = _per_dim(call.arg(1, "kernel_size"), spatial)
-    strides = _per_dim(call.arg(2, "stride", ()) or size, spatial)
-    pads = _per_dim(call.arg(3, "padding", [0]), spatial)
+    each = _geometry(call)
+    layout, lead = layouts[0].summed(), len(call.shape) - len(each)
     asked = any(user.target is not getitem or user.args[1] != 0 for user in call.node.users)
     if asked or all(d.is_whole for d in layout.dims[lead:]) or any(n != 1 for n in call.arg(4, "dilation", [1])):
         return None
     words = " ceil" if call.arg(5, "ceil_mode", False) else ""
-    each = zip(size, strides, pads, strict=True)
     found = _bands(call, layout, {lead + i: f"maximum {k} {s} {p}{words}" for i, (k, s, p) in enumerate(each)})
     if found is None:
         return None
@@ -124,8 +117,11 @@ def adaptively_pooled(call: Call, layouts: Sequence[Layout], mesh: Mesh) -> Writ
     return written
 
 
-def _per_dim(given: Sequence[int], spatial: int) -> list[int]:
-    return list(given) * spatial if len(given) == 1 else list(given)
+def _geometry(call: Call) -> list[tuple[int, int, int]]:
+    """Kernel, stride and padding of a pool, per dimension."""
+    kernel = list(call.arg(1, "kernel_size"))
+    given = (kernel, call.arg(2, "stride", ()) or kernel, call.arg(3, "padding", [0]))
+    return list(zip(*(per_dim(g, len(kernel)) for g in given), strict=True))
 
 
 TABLE: dict[str, Callable[[Call, Sequence[Layout], Mesh], Written | None]] = {

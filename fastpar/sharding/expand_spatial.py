@@ -22,7 +22,8 @@ def _split(layout: Layout, leading: int) -> bool:
     return any(not d.is_whole for d in layout.summed().dims[leading:])
 
 
-def _per_dim(given: Sequence[int], spatial: int) -> list[int]:
+def per_dim(given: Sequence[int], spatial: int) -> list[int]:
+    """One number for every spatial dimension, where one stands for all."""
     return list(given) * spatial if len(given) == 1 else list(given)
 
 
@@ -40,7 +41,7 @@ def transposed(call: Call, layouts: Sequence[Layout], mesh: Mesh) -> Written | N
 
     def written(x: Tensor, w: Tensor, b: Any, stride: Any, padding: Any, dilation: Any, flipped: bool, outside: Any,
                 count: int) -> Tensor:  # fmt: skip
-        strides, pads, more = (_per_dim(g, spatial) for g in (stride, padding, outside))
+        strides, pads, more = (per_dim(g, spatial) for g in (stride, padding, outside))
         kernel = list(w.shape[2:])
         taps = [-(-k // s) for k, s in zip(kernel, strides, strict=True)]
         filled = [n for t, s, k in zip(taps[::-1], strides[::-1], kernel[::-1], strict=True) for n in (0, t * s - k)]
