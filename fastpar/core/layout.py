@@ -370,13 +370,27 @@ def _parse_layout(text: str) -> Layout:
     return Layout(tuple(dims), tuple(partial))
 
 
-def even_parts(size: int, n: int, unit: int = 1) -> tuple[int, ...]:
+def even_parts(size: int, n: int, unit: int = 1, before: int = 0) -> tuple[int, ...]:
     """``size`` rows over ``n`` ranks as evenly as multiples of ``unit`` allow, larger parts first.
 
-    >>> even_parts(1025, 4), even_parts(1, 4), even_parts(64, 3, unit=8)
-    ((257, 256, 256, 256), (1, 0, 0, 0), (24, 24, 16))
+    Behind ``before`` rows that were shared out in the same way, the first larger part is the next rank's: concatenated
+    they are as even as one.
+
+    >>> even_parts(1025, 4), even_parts(1, 4), even_parts(64, 3, unit=8), even_parts(2, 4, before=1025)
+    ((257, 256, 256, 256), (1, 0, 0, 0), (24, 24, 16), (0, 1, 1, 0))
     """
     if size % unit:
         raise ValueError(f"{size} rows are no multiple of {unit}")
-    units = size // unit
-    return tuple((units // n + (i < units % n)) * unit for i in range(n))
+    units, first = size // unit, before // unit
+    return tuple((units // n + ((i - first) % n < units % n)) * unit for i in range(n))
+
+
+def filling_parts(size: int, held: Sequence[int]) -> tuple[int, ...]:
+    """``size`` rows over as many ranks as ``held`` names, evenly, larger parts where it says that fewer rows are.
+
+    >>> filling_parts(6, (20, 20, 19, 19))
+    (1, 1, 2, 2)
+    """
+    n = len(held)
+    more = set(sorted(range(n), key=lambda rank: (held[rank], rank))[: size % n])
+    return tuple(size // n + (rank in more) for rank in range(n))

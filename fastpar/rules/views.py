@@ -8,16 +8,20 @@ no such parts exist is the dimension gathered.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from fastpar.core.layout import Atom, Dim, Layout, Seg, even_parts
+from fastpar.core.layout import Atom, Dim, Layout, Seg, even_parts, filling_parts
 from fastpar.core.mesh import Mesh
 from fastpar.core.regroup import Misfit, cat_dims, disjoint, regroup, slice_dim
 from fastpar.rules.factor import FactorRule, Factors
 from fastpar.rules.table import Call, Decision, Gather, Localised, Pos, Rule, register
+
+VIEWS = ("aten::view", "aten::_unsafe_view", "aten::reshape", "aten::view_copy", "aten::_reshape_copy",
+         "aten::_reshape_alias")  # fmt: skip
 
 
 def _replace(call: Call, index: int, name: str, value: Any, target: Any = None) -> Localised:
@@ -118,6 +122,15 @@ def view_back(shape: tuple[int, ...], view: tuple[int, ...], pos: Pos) -> Pos | 
             return Pos(dim, above // (inner * pos.size), pos.size, inner // below)
         below = above
     return None
+
+
+def factors_of(shape: tuple[int, ...], view: tuple[int, ...], pos: Pos) -> list[tuple[int, int]]:
+    """What the factor ``pos`` of ``view`` has of each dimension of ``shape``: how much of it is above, and the size."""
+    low = pos.inner * math.prod(view[pos.dim + 1 :])
+    high = low * pos.size
+    ends = [(max(low, bottom), min(high, top)) for bottom, top in _spans(shape)]
+    return [(high // top, top // bottom) for bottom, top in ends
+            if bottom < top and top % bottom == 0 and high % top == 0]  # fmt: skip
 
 
 class ExpandRule(Rule):
@@ -260,13 +273,16 @@ class CatRule(Rule):
             along = {i: layouts[i].dims[d] for i in used}
             if best is not None:
                 axes = mesh.ordered(best.axes)
-                for i in used:
-                    dim, size = along[i], call.shapes[i][d]
-                    # every row on one rank: a segment that stayed whole would be counted twice
-                    if dim.axes != best.axes or not disjoint(dim) or len(dim.atoms) > 1:
-                        along[i] = Dim.split(size, axes, even_parts(size, mesh.size(axes)))
-                        if len(dim.atoms) > 1:
-                            gathers.append(Gather(i, "a concatenation behind a merged dimension", "realign"))
+                # every row on one rank: a segment that stayed whole would be counted twice
+                cut = [i for i, x in along.items() if x.axes != best.axes or not disjoint(x) or len(x.atoms) > 1]
+                held = _held([along[i] for i in used if i not in cut], axes, mesh)
+                for i in cut:
+                    size = call.shapes[i][d]
+                    if len(along[i].atoms) > 1:
+                        gathers.append(Gather(i, "a concatenation behind a merged dimension", "realign"))
+                    parts = filling_parts(size, held)
+                    along[i] = Dim.split(size, axes, parts)
+                    held = [h + part for h, part in zip(held, parts, strict=True)]
             dims.append(cat_dims([along[i] for i in used]) or Dim.whole(call.shape[d]))
         # one mesh axis splits one dimension: the concatenated one gives way to no other
         for k in range(len(dims)):
@@ -294,6 +310,12 @@ class CatRule(Rule):
         if pos.outer == pos.inner == 1:
             return [(i, Pos(d, 1, call.shapes[i][d], 1)) for i in used if call.shapes[i][d] > 0]
         return []
+
+
+def _held(dims: Sequence[Dim], axes: tuple[str, ...], mesh: Mesh) -> list[int]:
+    """Rows of ``dims``, split over these axes only, at every coordinate along them."""
+    at = {mesh.coordinate(rank, axes): rank for rank in range(mesh.ranks)}
+    return [sum(dim.local(mesh, at[c]) for dim in dims) for c in range(mesh.size(axes))]
 
 
 def _permute(call: Call) -> Factors:
@@ -366,8 +388,7 @@ def _dims_whole(reason: str, argument: int, name: str) -> FactorRule:
     return FactorRule(factors)
 
 
-register(["aten::view", "aten::_unsafe_view", "aten::reshape", "aten::view_copy",
-          "aten::_reshape_copy", "aten::_reshape_alias"], ViewRule())  # fmt: skip
+register(VIEWS, ViewRule())
 register(["aten::expand", "aten::expand_copy"], ExpandRule())
 register("aten::repeat", RepeatRule())
 register(["aten::slice", "aten::slice_copy"], SliceRule())

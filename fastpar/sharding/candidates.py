@@ -6,6 +6,9 @@ value is a **seed**, the earliest place where a whole value can be cut into part
 seeds found from the same attentions is a **candidate**; factorised attention (space, then
 time) gives several, and the shard pass chooses by predicted cost.
 
+Where attention looks at windows of rows, or at one factor of several (frames, rows, columns), what lies along its
+leading dimension is a candidate too: attention of whole windows needs no exchange.
+
 A program without attention is split along the rows of its largest softmax, which is an attention that is written out
 in a way that capture does not take, or of its heaviest convolution; one without either along the rows of its heaviest
 product.
@@ -15,9 +18,10 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from operator import getitem
+from typing import TypeVar
 
 import torch
 from torch import fx
@@ -25,14 +29,20 @@ from torch import fx
 from fastpar.ops.attention import attention
 from fastpar.rules import Call, Pos, rule_for
 from fastpar.rules.table import known
+from fastpar.rules.views import VIEWS, factors_of
 
 
 @dataclass(frozen=True)
 class Seed:
-    """A value and the factor of one of its dimensions to cut into parts."""
+    """A value and the factor of one of its dimensions to cut into parts.
+
+    ``before`` rows of other seeds stand ahead of its own where they are concatenated: shared out so that all of them
+    together are even.
+    """
 
     node: fx.Node
     pos: Pos
+    before: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)
@@ -52,6 +62,10 @@ def is_attention(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target is attention
 
 
+T = TypeVar("T")
+At = tuple[fx.Node, Pos]
+
+
 class Walk:
     """The walk back, with the calls it has read (a walk visits a value and factor once).
 
@@ -62,14 +76,16 @@ class Walk:
     def __init__(self, all_operands: bool = False) -> None:
         self.all_operands = all_operands
         self._calls: dict[fx.Node, Call] = {}
-        self._seeds: dict[tuple[fx.Node, Pos], frozenset[Seed]] = {}
+        self._seeds: dict[At, frozenset[Seed]] = {}
+        self._factors: dict[At, frozenset[tuple[int, int, int]]] = {}
+        self._beside: dict[Seed, frozenset[Seed]] = {}
 
     def call(self, node: fx.Node) -> Call:
         if node not in self._calls:
             self._calls[node] = Call.of(node)
         return self._calls[node]
 
-    def sources(self, node: fx.Node, pos: Pos) -> list[tuple[fx.Node, Pos]]:
+    def sources(self, node: fx.Node, pos: Pos) -> list[At]:
         """Operands that hold the rows ``pos`` of ``node``."""
         if node.op != "call_function":
             return []
@@ -85,48 +101,115 @@ class Walk:
         return [(call.operands[i], p) for i, p in found]
 
     def seeds(self, node: fx.Node, pos: Pos) -> frozenset[Seed]:
-        """Where the rows ``pos`` of ``node`` first are one dimension of a value.
+        """Where the rows ``pos`` of ``node`` first are one dimension of a value."""
+        return self._ends(node, pos, self._seeds, lambda *at: [Seed(*at)] if at[1].size > 1 else [])
+
+    def merged(self, node: fx.Node, pos: Pos) -> list[Pos]:
+        """The factors of ``pos`` that are dimensions of their own further up, before a view merged them: the largest
+        first. None where no view did."""
+        found = [(outer, n) for size, outer, n in self._ends(node, pos, self._factors, self._merging)
+                 if size == pos.size > n > 1]  # fmt: skip
+        return [Pos(pos.dim, pos.outer * outer, n, pos.size // (outer * n) * pos.inner, pos.start)
+                for outer, n in sorted(found, key=lambda f: (-f[1], f[0]))]  # fmt: skip
+
+    def beside(self, seed: Seed) -> frozenset[Seed]:
+        """Seeds of the other dimensions of a seed's value, and of what those were merged from."""
+        if seed not in self._beside:
+            sizes = [int(n) for n in seed.node.meta["val"].shape]
+            others = [Pos(d, 1, n, 1) for d, n in enumerate(sizes) if d != seed.pos.dim and n > 1]
+            found = [self.seeds(seed.node, p) for pos in others for p in (pos, *self.merged(seed.node, pos))]
+            self._beside[seed] = frozenset[Seed]().union(*found)
+        return self._beside[seed]
+
+    def _merging(self, node: fx.Node, pos: Pos) -> list[tuple[int, int, int]]:
+        """(size, how much of it is above, size of the part) for the parts of ``pos`` that a view makes it of."""
+        if node.op != "call_function" or node.target is getitem:
+            return []
+        call = self.call(node)
+        if call.name not in VIEWS or not call.operands:
+            return []
+        return [(pos.size, *factor) for factor in factors_of(call.shapes[0], call.shape, pos)]
+
+    def _ends(
+        self, node: fx.Node, pos: Pos, known: dict[At, frozenset[T]], end: Callable[[fx.Node, Pos], Iterable[T]]
+    ) -> frozenset[T]:
+        """What ``end`` says of the values where the walk from the rows ``pos`` of ``node`` comes to an end.
 
         What was found for one attention is kept: in a residual stream the next one comes past the same
         values, and reading them again each time would make the walk quadratic in depth.
         """
         todo = [(node, pos)]
-        read: dict[tuple[fx.Node, Pos], list[tuple[fx.Node, Pos]]] = {}
+        read: dict[At, list[At]] = {}
         while todo:
             at = todo[-1]
-            if at in self._seeds:
+            if at in known:
                 todo.pop()
                 continue
             sources = read[at] = read[at] if at in read else self.sources(*at)
-            missing = [source for source in sources if source not in self._seeds]
+            missing = [source for source in sources if source not in known]
             if missing:
                 todo += missing
                 continue
             todo.pop()
-            found = {self._seeds[source] for source in sources}
-            own = frozenset([Seed(*at)]) if not sources and at[1].size > 1 else frozenset()
-            self._seeds[at] = found.pop() if len(found) == 1 else own.union(*found)
-        return self._seeds[node, pos]
+            found = {known[source] for source in sources}
+            known[at] = found.pop() if len(found) == 1 else frozenset(() if sources else end(*at)).union(*found)
+        return known[node, pos]
+
+    def candidate(self, graph: fx.Graph, seeds: Iterable[Seed], attentions: Sequence[fx.Node] = ()) -> Candidate:
+        """``seeds`` in the graph's order, each with the rows of others that stand before it."""
+        order = {n: i for i, n in enumerate(graph.nodes)}
+        ahead: dict[Seed, int] = {}
+        for parts in self._concatenated():
+            rows = sum(size for found, size in parts if found & ahead.keys())
+            for found, size in parts:
+                if found and not found & ahead.keys():
+                    ahead.update(dict.fromkeys(found, rows))
+                    rows += size
+        placed = [Seed(s.node, s.pos, ahead.get(s, 0)) for s in seeds]
+        return Candidate(tuple(sorted(placed, key=lambda s: (order[s.node], s.pos.dim))), tuple(attentions))
+
+    def _concatenated(self) -> Iterator[list[tuple[frozenset[Seed], int]]]:
+        """(seeds, rows) of each part, for every concatenation of rows that was walked through, inner ones first."""
+        for node, pos in self._seeds:
+            if node.op != "call_function" or not self.call(node).name.startswith("aten::cat"):
+                continue
+            parts = self.sources(node, pos)
+            if len(parts) > 1 and sum(rows.size for _, rows in parts) == pos.size:
+                yield [(self._seeds[part], part[1].size) for part in parts]
 
 
 def find(graph: fx.Graph) -> list[Candidate]:
     """Candidates of a captured graph, those with most attentions' work first."""
     walk = Walk()
     found: list[tuple[frozenset[Seed], fx.Node]] = []
+    windows: list[tuple[frozenset[Seed], fx.Node]] = []
     for node in graph.nodes:
         if is_attention(node):
             call = walk.call(node)
             q = call.shapes[0]
             if q[-2] > 1:
                 found.append((walk.seeds(call.operands[0], Pos(len(q) - 2, 1, q[-2], 1)), node))
-    candidates = _merge(found) if found else _rows_of_softmax(graph, walk)
+            leading = Pos(0, 1, q[0], 1)
+            for pos in (leading, *walk.merged(call.operands[0], leading)):
+                windows.append((walk.seeds(call.operands[0], pos), node))
+    candidates = _merge(found, walk) if found else _rows_of_softmax(graph, walk)
     if not candidates:
         return _rows_of_product(graph, walk)
+    candidates += _new(_merge([w for w in windows if not all(map(_leading, w[0]))], walk), candidates)
     # Rows of an attention in the middle of a U-Net or an autoencoder lead back to where rows were last made fewer; what
     # comes before, at full resolution, is most of the work, and its rows lead to the input.
     heaviest = _heaviest(graph, walk, ("aten::convolution",))
     more = _rows_of_convolution(heaviest, walk) if heaviest is not None else []
-    return [*candidates, *(c for c in more if all(set(c.seeds) != set(o.seeds) for o in candidates))]
+    return [*candidates, *_new(more, candidates)]
+
+
+def _new(more: list[Candidate], candidates: list[Candidate]) -> list[Candidate]:
+    return [c for c in more if all(set(c.seeds) != set(o.seeds) for o in candidates)]
+
+
+def _leading(seed: Seed) -> bool:
+    """Whether its rows are a first dimension, or the outermost factor of one: a batch, which ``cfg`` splits."""
+    return (seed.pos.dim, seed.pos.outer) == (0, 1)
 
 
 def find_batch(graph: fx.Graph, fixed: Collection[fx.Node]) -> Candidate | None:
@@ -149,29 +232,32 @@ def find_batch(graph: fx.Graph, fixed: Collection[fx.Node]) -> Candidate | None:
         value = node.meta.get("val")
         if isinstance(value, torch.Tensor) and value.dim() > 1 and 1 < int(value.shape[0]) and value.shape[0] in sizes:
             seeds |= {s for s in walk.seeds(node, Pos(0, 1, int(value.shape[0]), 1)) if s.node not in fixed}
-    return Candidate(_ordered(graph, seeds), ()) if seeds else None
+    return walk.candidate(graph, seeds) if seeds else None
 
 
-def _merge(found: list[tuple[frozenset[Seed], fx.Node]]) -> list[Candidate]:
-    """Group what shares a seed or does not contradict; seeds that cut one value twice are alternatives."""
+def _merge(found: list[tuple[frozenset[Seed], fx.Node]], walk: Walk) -> list[Candidate]:
+    """Group what shares a seed or does not contradict; what does are alternatives (frames, or rows and columns)."""
     groups: list[tuple[set[Seed], list[fx.Node]]] = []
     for seeds, node in sorted(found, key=lambda f: -_work(f[1])):
         for held, attentions in groups:
-            if not _contradict(held, seeds):
+            if not _contradict(held, seeds, walk):
                 held |= seeds
                 attentions.append(node)
                 break
         else:
             groups.append((set(seeds), [node]))
-    graph = found[0][1].graph
-    return [Candidate(_ordered(graph, seeds), tuple(attentions)) for seeds, attentions in groups if seeds]
+    return [walk.candidate(attentions[0].graph, seeds, attentions) for seeds, attentions in groups if seeds]
 
 
-def _contradict(a: set[Seed], b: frozenset[Seed]) -> bool:
+def _contradict(a: set[Seed], b: frozenset[Seed], walk: Walk) -> bool:
+    """Whether some value would be cut twice: it is a seed of both in two ways, or it is a seed of one and rows of the
+    other are another dimension of it."""
     mine: dict[fx.Node, set[Pos]] = defaultdict(set)
     for seed in a:
         mine[seed.node].add(seed.pos)
-    return any(seed.node in mine and seed.pos not in mine[seed.node] for seed in b)
+    if any(seed.node in mine and seed.pos not in mine[seed.node] for seed in b):
+        return True
+    return any(walk.beside(s) & b for s in a - b) or any(walk.beside(s) & a for s in b - a)
 
 
 def _work(attention: fx.Node) -> int:
@@ -194,19 +280,20 @@ def _rows_of_softmax(graph: fx.Graph, walk: Walk) -> list[Candidate]:
     largest = max(scores, key=lambda n: math.prod(walk.call(n).shape))
     shape = walk.call(largest).shape
     seeds = walk.seeds(largest, Pos(len(shape) - 2, 1, shape[-2], 1))
-    return [Candidate(tuple(seeds), ())] if seeds else []
+    return [walk.candidate(graph, seeds)] if seeds else []
 
 
 def _rows_of_product(graph: fx.Graph, walk: Walk) -> list[Candidate]:
-    """Rows of the heaviest product: there is no attention to start from."""
+    """Rows of the heaviest product, and what they were merged from: there is no attention to start from."""
     heaviest = _heaviest(graph, walk, ("aten::mm", "aten::addmm", "aten::bmm", "aten::convolution"))
     if heaviest is None:
         return []
     if walk.call(heaviest).name == "aten::convolution":
         return _rows_of_convolution(heaviest, walk)[:1]
     dims = heaviest.meta["val"].dim()
-    seeds = walk.seeds(heaviest, Pos(dims - 2, 1, int(heaviest.meta["val"].shape[-2]), 1))
-    return [Candidate(tuple(seeds), ())] if seeds else []
+    rows = Pos(dims - 2, 1, int(heaviest.meta["val"].shape[-2]), 1)
+    found = [walk.seeds(heaviest, pos) for pos in (rows, *walk.merged(heaviest, rows))]
+    return [walk.candidate(graph, seeds) for seeds in found if seeds]
 
 
 def _heaviest(
@@ -235,7 +322,7 @@ def _rows_of_convolution(node: fx.Node, walk: Walk) -> list[Candidate]:
     shape = [int(n) for n in node.meta["val"].shape]
     dims = sorted((d for d in range(2, len(shape)) if shape[d] > 1), key=lambda d: -shape[d])
     found = [_with_branches(node.graph, walk, walk.seeds(node, Pos(d, 1, shape[d], 1)), d) for d in dims]
-    return [Candidate(_ordered(node.graph, seeds), ()) for seeds in found if seeds]
+    return [walk.candidate(node.graph, seeds) for seeds in found if seeds]
 
 
 def _with_branches(graph: fx.Graph, walk: Walk, seeds: Iterable[Seed], dim: int) -> set[Seed]:
@@ -253,12 +340,8 @@ def _with_branches(graph: fx.Graph, walk: Walk, seeds: Iterable[Seed], dim: int)
         if other is None or other.meta["val"].dim() <= dim:
             break
         more = walk.seeds(other, Pos(dim, 1, int(other.meta["val"].shape[dim]), 1))
-        if not more or _contradict(joined, more):
+        if not more or _contradict(joined, more, walk):
             break
         joined |= more
     return joined
 
-
-def _ordered(graph: fx.Graph, seeds: Iterable[Seed]) -> tuple[Seed, ...]:
-    order = {n: i for i, n in enumerate(graph.nodes)}
-    return tuple(sorted(seeds, key=lambda s: (order[s.node], s.pos.dim)))

@@ -68,14 +68,16 @@ def heavy_ahead(graph: fx.Graph) -> set[fx.Node]:
     return ahead
 
 
-def seed_layout(layout: Layout, pos: Pos, axes: tuple[str, ...], mesh: Mesh, unit: int = 1) -> Layout:
-    """``layout`` with the factor ``pos`` cut evenly over ``axes``, in multiples of ``unit`` rows.
+def seed_layout(
+    layout: Layout, pos: Pos, axes: tuple[str, ...], mesh: Mesh, unit: int = 1, before: int = 0
+) -> Layout:
+    """``layout`` with the factor ``pos`` cut evenly over ``axes``, in multiples of ``unit`` rows (``even_parts``).
 
     The factor itself must be whole; those above and below it may be split over other axes.
     """
     if pos.size % unit:
         unit = 1
-    parts = even_parts(pos.size, mesh.size(axes), unit)
+    parts = even_parts(pos.size, mesh.size(axes), unit, before)
     around = regroup((layout.dims[pos.dim],), (pos.outer, pos.size, pos.inner))
     if isinstance(around, Misfit) or not around[1].is_whole:
         return layout
@@ -106,10 +108,10 @@ class Inserter:
         self.mesh, self.unit, self.weights = mesh, unit, weights or {}
         self.within: fx.Node | None = None  # what is being written out
         self.known = {} if known is None else known  # what was written out before, traced
-        self.seeds: dict[fx.Node, list[tuple[Pos, Axes]]] = {}
+        self.seeds: dict[fx.Node, list[tuple[Seed, Axes]]] = {}
         for seed, axes in seeds:
             if mesh.size(axes) > 1:
-                self.seeds.setdefault(seed.node, []).append((seed.pos, axes))
+                self.seeds.setdefault(seed.node, []).append((seed, axes))
         self.source = graph
         self.out = Sharded(fx.Graph())
         self.versions: dict[fx.Node, dict[Layout, fx.Node]] = {}
@@ -154,9 +156,9 @@ class Inserter:
 
     def _seed(self, node: fx.Node) -> None:
         want = self.main[node].summed()
-        for pos, axes in self.seeds[node]:
+        for seed, axes in self.seeds[node]:
             if not set(axes) & want.axes:  # else rows of another dimension are split here already
-                want = seed_layout(want, pos, axes, self.mesh, self.unit)
+                want = seed_layout(want, seed.pos, axes, self.mesh, self.unit, seed.before)
         self._hold(node, self._get(node, want, "seed"), want)
 
     # -- nodes ----------------------------------------------------------------------------

@@ -1,0 +1,120 @@
+"""What to split, and into which parts: merged rows, windows, and segments that are even together."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fastpar
+from fastpar.core.layout import even_parts, filling_parts
+
+WIDTH = 12
+
+
+class FeedForward(nn.Module):
+    """Gated, over rows that its products merge with the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.gate = nn.Linear(WIDTH, 40), nn.Linear(WIDTH, 40)
+        self.down = nn.Linear(40, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(F.silu(self.up(x)) * self.gate(x))
+
+
+def attend(x: torch.Tensor, heads: int = 2) -> torch.Tensor:
+    q = k = v = x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+class Windows(FeedForward):
+    """Attention within windows of five rows, each with a row of its own for what it is about."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.about = nn.Parameter(torch.randn(1, 1, WIDTH))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, rows, width = x.shape
+        x = x.reshape(batch * rows // 5, 5, width)
+        x = torch.cat([self.about.expand(len(x), 1, width), x], 1)
+        x = x + attend(super().forward(x))
+        return x[:, 0].reshape(batch, rows // 5, width)
+
+
+class Segments(FeedForward):
+    """Joint attention over several inputs, concatenated."""
+
+    def forward(self, *parts: torch.Tensor) -> torch.Tensor:
+        x = torch.cat(parts, 1)
+        return x + attend(super().forward(x))
+
+
+def check(model: nn.Module, plan: str, *inputs: torch.Tensor) -> fastpar.Report:
+    report = fastpar.verify(model.double(), tuple(x.double() for x in inputs), plan=plan)
+    assert report.ok and not report.fallbacks, str(report)
+    return report
+
+
+@pytest.mark.parametrize("plan", ["ulysses=4", "gather=3", "ring=5", "ulysses=2,ring=2"])
+def test_rows_that_a_product_merges_with_the_batch(plan: str) -> None:
+    report = check(FeedForward(), plan, torch.randn(2, 23, WIDTH))
+    assert not report.replicated
+    assert report.flops_share == -(-23 // report.ranks) / 23
+    assert [c.why for c in report.collectives] == ["output"]
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("plan", ["ulysses=4", "gather=3", "ring=2", "torus=3"])
+def test_windows_are_shared_out_whole(plan: str, batch: int) -> None:
+    report = check(Windows(), plan, torch.randn(batch, 40, WIDTH))
+    assert report.flops_share == pytest.approx(-(-8 // report.ranks) / 8)
+    assert [c.why for c in report.collectives] == ["output"]
+
+
+def test_a_window_is_cut_where_there_are_too_few() -> None:
+    report = check(Windows(), "gather=4", torch.randn(1, 10, WIDTH))
+    assert report.flops_share < 0.5
+
+
+@pytest.mark.parametrize("rows", [(1, 1, 1, 5), (5, 6), (1, 9, 7, 1, 2), (3, 3, 3, 3), (6, 1)])
+@pytest.mark.parametrize("plan", ["ulysses=4", "gather=3", "ring=4", "ulysses=2,ring=2"])
+def test_segments_are_even_together(plan: str, rows: tuple[int, ...]) -> None:
+    report = check(Segments(), plan, *(torch.randn(1, n, WIDTH) for n in rows))
+    products = -(-sum(rows) // report.ranks) / sum(rows)  # the busiest rank's share of what is not attention
+    assert report.flops_share <= products + 1e-9
+
+
+def test_parts_behind_others_and_parts_that_fill_up() -> None:
+    for n in range(1, 8):
+        for first, second in ((5, 6), (1, 1), (1025, 77), (2, 3)):
+            rows = [a + b for a, b in zip(even_parts(first, n), even_parts(second, n, before=first), strict=True)]
+            assert sum(rows) == first + second and max(rows) - min(rows) <= 1
+            held = even_parts(first, n)
+            rows = [a + b for a, b in zip(held, filling_parts(second, held), strict=True)]
+            assert sum(rows) == first + second and max(rows) - min(rows) <= 1
+    assert even_parts(24, 2, unit=8, before=8) == (8, 16)
+
+
+class Factorised(FeedForward):
+    """Attention among the rows of a frame, then, on what that made of them, among frames."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, frames, high, wide, width = x.shape
+        rows = high * wide
+        x = F.silu(x.reshape(batch * frames, rows, width))
+        x = x + attend(super().forward(x))
+        x = x.reshape(batch, frames, rows, width).transpose(1, 2).reshape(batch * rows, frames, width)
+        x = x + attend(super().forward(x))
+        return x.reshape(batch, rows, frames, width).transpose(1, 2)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("shape", [(5, 4, 3), (12, 5, 1)])
+@pytest.mark.parametrize("plan", ["ulysses=4", "gather=3", "ring=4"])
+def test_frames_and_rows_are_alternatives(plan: str, shape: tuple[int, ...], batch: int) -> None:
+    report = check(Factorised(), plan, torch.randn(batch, *shape, WIDTH))
+    assert report.flops_share == pytest.approx(1 / report.ranks)  # twelve of either divide, five do not
