@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import torch
 from torch import fx
-from torch._inductor.fx_passes.control_dependencies import preserve_node_ordering
+from torch._C import DispatchKey
+from torch._inductor.fx_passes.control_dependencies import control_deps, preserve_node_ordering
 from torch.utils._ordered_set import OrderedSet
 
 from fastpar.ops.onesided import RECEIVES, put
@@ -23,6 +24,12 @@ STARTS = frozenset(
 WAITS = frozenset([_C10D.wait_tensor.default, *RECEIVES])
 _HEAVY = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::convolution", "aten::_scaled_mm",
           "aten::_scaled_dot_product", "fastpar::attention", "fastpar::merge")  # fmt: skip
+
+
+# What an operator is told to come after may be a parameter's, which has autograd's dispatch key. From torch 2.12 on
+# there is a kernel for it.
+if DispatchKey.Autograd not in control_deps.py_kernels:
+    control_deps.py_impl(DispatchKey.Autograd)(lambda after, operator, *args, **kwargs: operator(*args, **kwargs))
 
 
 def anchors(graph: fx.Graph, compute: bool = True) -> list[fx.Node]:

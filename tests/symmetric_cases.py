@@ -110,7 +110,7 @@ def unpacked(device: str) -> None:
     boxes = [0, 2, 0, 0, 2, 3, 0, 2, 2, 0, 2, 3, 1, 1, 0, 8]
     shapes = [2, 4, 3, 1, 8]
     for _ in range(2):
-        found = heap.unpack(buffer, shapes, boxes, [])
+        found = heap.unpack(buffer, shapes, boxes, "")
         assert all(torch.equal(a, b) for a, b in zip(found, unpack_boxes(buffer, shapes, boxes), strict=True))
     assert len(heap.tables) == 1
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import doctest
 import re
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -32,8 +34,10 @@ def blocks(page: Path) -> list[tuple[int, str]]:
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=lambda p: p.name)
-def test_the_python_of_a_page_runs_and_prints_what_it_says(page: Path) -> None:
-    namespace: dict[str, object] = {"__name__": "docs"}
+def test_the_python_of_a_page_runs_and_prints_what_it_says(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType(f"page_{page.stem}")  # Dynamo looks up in modules what functions find around them
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    namespace = vars(module)
     parser, runner = doctest.DocTestParser(), doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
     said: list[str] = []
     for line, text in blocks(page):
@@ -41,8 +45,8 @@ def test_the_python_of_a_page_runs_and_prints_what_it_says(page: Path) -> None:
             exec(compile(text, f"{page.name}:{line}", "exec"), namespace)
             continue
         test = parser.get_doctest(text, namespace, page.name, str(page), line)
+        test.globs = namespace
         runner.run(test, out=said.append, clear_globs=False)
-        namespace = test.globs
     assert not runner.summarize(verbose=False).failed, "".join(said)
 
 

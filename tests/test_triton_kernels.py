@@ -250,7 +250,8 @@ def test_without_triton_everything_but_a_gpu_works() -> None:
             print("said so")
     """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout == "said so\n" and not done.stderr, done.stdout + done.stderr
+    ours = [line for line in done.stderr.splitlines() if "torch/" not in line]  # some of torch's modules mention it
+    assert done.stdout == "said so\n" and not ours, done.stdout + done.stderr
 
 
 # -- in a rank's program ---------------------------------------------------------------------------------

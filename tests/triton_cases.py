@@ -109,8 +109,8 @@ def near(got: torch.Tensor, want: torch.Tensor, off: float, least: float = 1e-30
 
 def copies(rng: random.Random, device: str) -> None:
     from fastpar.backends.kernels import copies as k
-    from fastpar.backends.kernels.table import make_table, text
-    from fastpar.ops.collectives import pack_boxes, unpack_boxes
+    from fastpar.backends.kernels.table import make_table
+    from fastpar.ops.collectives import names_of, pack_boxes, unpack_boxes
 
     dtypes = [*FLOATS, torch.float64, torch.uint8, torch.int64, torch.int32, torch.int16]
     one = rng.choice(dtypes)
@@ -131,8 +131,8 @@ def copies(rng: random.Random, device: str) -> None:
     boxes = grid(rng, [x.shape for x in xs], rng.random() < 0.5, empty=False)
     table = make_table(boxes, [x.element_size() for x in xs], device)
     buffer = pack_boxes(xs, boxes)
-    back = k.launch_unpack(buffer, flat, boxes, text(mixed), table)
-    for y, x, ref in zip(back, xs, unpack_boxes(buffer, flat, boxes, mixed), strict=True):
+    back = k.launch_unpack(buffer, flat, boxes, names_of(mixed), table)
+    for y, x, ref in zip(back, xs, unpack_boxes(buffer, flat, boxes, names_of(mixed)), strict=True):
         same(y, x)
         same(y, ref)
 
@@ -158,7 +158,8 @@ def pack_quantized(rng: random.Random, device: str) -> None:
 def unpack_dequantized(rng: random.Random, device: str) -> None:
     from fastpar.backends.kernels import pack_quantized as there
     from fastpar.backends.kernels import unpack_dequantized as k
-    from fastpar.backends.kernels.table import make_table, text
+    from fastpar.backends.kernels.table import make_table
+    from fastpar.ops.collectives import names_of
 
     kind, width = rng.choice(FLOATS), rng.choice(WIDTHS)
     rounded = [True] + [rng.random() < 0.7 for _ in range(rng.randint(0, 4))]
@@ -175,8 +176,8 @@ def unpack_dequantized(rng: random.Random, device: str) -> None:
     buffer = buffer.to(device)
     shapes = [n for s in sent for n in (len(s), *s)]
     table = make_table(boxes, k.sizes_of(dtypes, rounded), device)
-    got = k.launch(buffer, shapes, boxes, text(dtypes), rounded, table)
-    for y, ref in zip(got, k.reference(buffer, shapes, boxes, text(dtypes), rounded), strict=True):
+    got = k.launch(buffer, shapes, boxes, names_of(dtypes), rounded, table)
+    for y, ref in zip(got, k.reference(buffer, shapes, boxes, names_of(dtypes), rounded), strict=True):
         same(y, ref)
 
 

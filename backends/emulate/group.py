@@ -78,6 +78,9 @@ def install(links: Links) -> None:
     if NAME.upper() not in dist.Backend._plugins:
         dist.Backend.register_backend(NAME, _make, extended_api=True, devices=["cpu", "cuda"])
         dynamo.tell(Group)
+        # From 2.15 on torch attaches its flight recorder to every backend but these; here is nothing to record.
+        recorded: set[str] = getattr(dist.distributed_c10d, "_FR_SELF_RECORDING_BACKENDS", set())
+        recorded.add(NAME)
 
 
 def uninstall() -> None:

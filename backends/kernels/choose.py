@@ -26,11 +26,11 @@ from fastpar.backends.kernels.checksums import checksums_operator
 from fastpar.backends.kernels.merge import merge as merge_kernel
 from fastpar.backends.kernels.pack_quantized import pack_quantized_operator, quantizable
 from fastpar.backends.kernels.pack_quantized import sizes_of as sent_sizes
-from fastpar.backends.kernels.table import RANK, make_table, ranks, text
+from fastpar.backends.kernels.table import RANK, make_table, ranks
 from fastpar.backends.kernels.unpack_dequantized import sizes_of, unpack_dequantized_operator
 from fastpar.graph.program import copy_module
 from fastpar.ops.checksum import checksums
-from fastpar.ops.collectives import pack, unpack
+from fastpar.ops.collectives import dtypes_named, names_of, pack, unpack
 from fastpar.ops.quantize import dequantize, quantize
 from fastpar.ops.ring import merge
 
@@ -85,8 +85,8 @@ def _pack(graph: fx.Graph, node: fx.Node, table: _Table) -> None:
 def _unpack(graph: fx.Graph, node: fx.Node, table: _Table) -> None:
     buffer, shapes, boxes, *given = node.args
     count = ranks(shapes)  # type: ignore[arg-type]
-    sent: Any = given[0] if given else ()
-    rounded, dtypes = [False] * len(count), list(sent or [torch.uint8] * len(count))
+    sent = dtypes_named(given[0]) if given else []  # type: ignore[arg-type]
+    rounded, dtypes = [False] * len(count), sent or [torch.uint8] * len(count)
     parts: dict[Any, fx.Node] = {user.args[1]: user for user in node.users}
     for lane, part in parts.items():
         users = list(part.users)
@@ -96,7 +96,7 @@ def _unpack(graph: fx.Graph, node: fx.Node, table: _Table) -> None:
         return
     made = table(boxes, sizes_of(dtypes, rounded))  # type: ignore[arg-type]
     with graph.inserting_before(node):
-        args = (buffer, shapes, boxes, text(dtypes), rounded, made)
+        args = (buffer, shapes, boxes, names_of(dtypes), rounded, made)
         new = graph.call_function(_overload(unpack_dequantized_operator), args)
         new.meta = dict(node.meta)
         for lane, part in parts.items():

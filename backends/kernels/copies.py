@@ -18,13 +18,11 @@ from fastpar.backends.kernels.table import (
     groups,
     lanes_of,
     make_table,
-    parsed,
     ranks,
     strides4,
-    text,
     tiles,
 )
-from fastpar.ops.collectives import _pack_fake, _unpack_fake, pack_boxes, unpack_boxes
+from fastpar.ops.collectives import _pack_fake, _unpack_fake, dtypes_named, pack_boxes, unpack_boxes
 
 
 @jit
@@ -134,7 +132,7 @@ def launch_pack(xs: Sequence[torch.Tensor], boxes: Sequence[int], table: torch.T
 def launch_unpack(
     buffer: torch.Tensor, shapes: Sequence[int], boxes: Sequence[int], dtypes: str, table: torch.Tensor
 ) -> list[torch.Tensor]:
-    outs = _unpack_fake(buffer, shapes, boxes, parsed(dtypes))
+    outs = _unpack_fake(buffer, shapes, boxes, dtypes)
     move(buffer, table, outs, tiles(boxes, [x.element_size() for x in outs]), range(len(outs)), False)
     return outs
 
@@ -146,7 +144,7 @@ def takes(*xs: torch.Tensor) -> bool:
 
 @operator("pack")
 def pack_operator(xs: Sequence[torch.Tensor], boxes: Sequence[int], table: torch.Tensor) -> torch.Tensor:
-    """As ``fastpar::pack``; ``table`` is ``make_table`` of ``boxes``. ``dtypes`` below are joined by dots."""
+    """As ``fastpar::pack``; ``table`` is ``make_table`` of ``boxes``. ``dtypes`` below are text (``names_of``)."""
     return launch_pack(xs, boxes, table) if takes(*xs) else pack_boxes(xs, boxes)
 
 
@@ -157,12 +155,12 @@ def unpack_operator(
     """As ``fastpar::unpack``."""
     if takes(buffer) and all(size <= RANK for size in ranks(shapes)):
         return launch_unpack(buffer, shapes, boxes, dtypes, table)
-    return unpack_boxes(buffer, shapes, boxes, parsed(dtypes))
+    return unpack_boxes(buffer, shapes, boxes, dtypes)
 
 
 pack_operator.register_fake(lambda xs, boxes, table: _pack_fake(xs, boxes))
 unpack_operator.register_fake(
-    lambda buffer, shapes, boxes, dtypes, table: _unpack_fake(buffer, shapes, boxes, parsed(dtypes))
+    lambda buffer, shapes, boxes, dtypes, table: _unpack_fake(buffer, shapes, boxes, dtypes)
 )
 
 
@@ -172,8 +170,8 @@ def pack(xs: Sequence[torch.Tensor], boxes: Sequence[int]) -> torch.Tensor:
 
 
 def unpack(
-    buffer: torch.Tensor, shapes: Sequence[int], boxes: Sequence[int], dtypes: Sequence[torch.dtype] = ()
+    buffer: torch.Tensor, shapes: Sequence[int], boxes: Sequence[int], dtypes: str = ""
 ) -> list[torch.Tensor]:
     """``fastpar::unpack`` likewise."""
-    sizes = [d.itemsize for d in dtypes] or [buffer.element_size()] * len(ranks(shapes))
-    return unpack_operator(buffer, shapes, boxes, text(dtypes), make_table(boxes, sizes, buffer.device))
+    sizes = [d.itemsize for d in dtypes_named(dtypes)] or [buffer.element_size()] * len(ranks(shapes))
+    return unpack_operator(buffer, shapes, boxes, dtypes, make_table(boxes, sizes, buffer.device))

@@ -82,13 +82,3 @@ def ranks(shapes: Sequence[int]) -> list[int]:
         out.append(shapes[i])
         i += 1 + shapes[i]
     return out
-
-
-def text(dtypes: Sequence[torch.dtype]) -> str:
-    """Dtypes as text, which operators take; lists of dtypes they do not."""
-    return ".".join(str(d).removeprefix("torch.") for d in dtypes)
-
-
-def parsed(dtypes: str) -> list[torch.dtype]:
-    """Inverse of ``text``."""
-    return [getattr(torch, name) for name in dtypes.split(".")] if dtypes else []

@@ -14,8 +14,8 @@ import torch
 from fastpar.backends.kernels.copies import move, takes
 from fastpar.backends.kernels.launch import FLOATS, jit, operator, power, tl, wrap_triton
 from fastpar.backends.kernels.numbers import from_e4m3, narrow, rows_of
-from fastpar.backends.kernels.table import RANK, groups, lanes_of, make_table, parsed, ranks, text, tiles
-from fastpar.ops.collectives import unpack_boxes
+from fastpar.backends.kernels.table import RANK, groups, lanes_of, make_table, ranks, tiles
+from fastpar.ops.collectives import dtypes_named, names_of, unpack_boxes
 from fastpar.ops.quantize import SCALE_BYTES, dequantize
 
 
@@ -67,11 +67,11 @@ def reference(
 ) -> list[torch.Tensor]:
     """What the kernel computes. ``shapes`` and ``boxes`` are those of ``unpack``: of rounded tensors in bytes.
 
-    ``dtypes``: of the results, joined by dots.
+    ``dtypes``: of the results, as text (``names_of``).
     """
-    kinds = parsed(dtypes)
+    kinds = dtypes_named(dtypes)
     sent = [torch.uint8 if is_rounded else d for d, is_rounded in zip(kinds, rounded, strict=True)]
-    ys = unpack_boxes(buffer, shapes, boxes, sent)
+    ys = unpack_boxes(buffer, shapes, boxes, names_of(sent))
     return [dequantize(y, d) if r else y for y, d, r in zip(ys, kinds, rounded, strict=True)]
 
 
@@ -83,7 +83,7 @@ def sizes_of(dtypes: Sequence[torch.dtype], rounded: Sequence[bool]) -> list[int
 def _fake(buffer: torch.Tensor, shapes: Sequence[int], dtypes: str, rounded: Sequence[bool]) -> list[torch.Tensor]:
     outs: list[torch.Tensor] = []
     i = 0
-    for dtype, is_rounded in zip(parsed(dtypes), rounded, strict=True):
+    for dtype, is_rounded in zip(dtypes_named(dtypes), rounded, strict=True):
         shape = list(shapes[i + 1 : i + 1 + shapes[i]])
         if is_rounded:
             shape[-1] -= SCALE_BYTES
@@ -101,7 +101,7 @@ def launch(
     table: torch.Tensor,
 ) -> list[torch.Tensor]:
     outs = _fake(buffer, shapes, dtypes, rounded)
-    found = tiles(boxes, sizes_of(parsed(dtypes), rounded))
+    found = tiles(boxes, sizes_of(dtypes_named(dtypes), rounded))
     move(buffer, table, outs, found, [lane for lane, is_rounded in enumerate(rounded) if not is_rounded], False)
     kinds: dict[tuple[torch.dtype, int], list[int]] = {}
     for lane in sorted({t.lane for t in found if t.rows and rounded[t.lane]}):
@@ -141,7 +141,7 @@ def _computes(shapes: Sequence[int], dtypes: str, rounded: Sequence[bool]) -> bo
     for rank in ranks(shapes):
         widths.append(shapes[i + rank] - SCALE_BYTES)
         i += 1 + rank
-    lanes = zip(parsed(dtypes), widths, rounded, strict=True)
+    lanes = zip(dtypes_named(dtypes), widths, rounded, strict=True)
     return max(ranks(shapes)) <= RANK and all(d in FLOATS and 0 < w <= 8192 for d, w, is_rounded in lanes if is_rounded)
 
 
@@ -154,4 +154,4 @@ def unpack_dequantized(
 ) -> list[torch.Tensor]:
     """The operator, with its table made anew; ``dtypes`` are the results'."""
     table = make_table(boxes, sizes_of(dtypes, rounded), buffer.device)
-    return unpack_dequantized_operator(buffer, shapes, boxes, text(dtypes), rounded, table)
+    return unpack_dequantized_operator(buffer, shapes, boxes, names_of(dtypes), rounded, table)

@@ -129,7 +129,7 @@ class Heap(ABC):
         return out
 
     def unpack(
-        self, buffer: torch.Tensor, shapes: Sequence[int], boxes: Sequence[int], dtypes: Sequence[torch.dtype]
+        self, buffer: torch.Tensor, shapes: Sequence[int], boxes: Sequence[int], dtypes: str
     ) -> list[torch.Tensor]:
         return unpack_boxes(buffer, shapes, boxes, dtypes)
 

@@ -42,6 +42,8 @@ def await_kernel(
                 tl.store(failed, flag + 1)
             if PIECES:
                 start, size = tl.load(pieces + 2 * i), tl.load(pieces + 2 * i + 1)
-                for at in range(0, size, BLOCK):
+                at = size - size
+                while at < size:
                     offsets = at + tl.arange(0, BLOCK)
                     tl.store(memory + start + offsets, tl.full([BLOCK], 255, tl.uint8), mask=offsets < size)
+                    at += BLOCK

@@ -22,11 +22,12 @@ import torch
 
 from fastpar.backends.kernels.copies import unpack_operator
 from fastpar.backends.kernels.launch import triton
-from fastpar.backends.kernels.table import make_table, text
+from fastpar.backends.kernels.table import make_table
 from fastpar.backends.kernels.table import ranks as ranks_of
 from fastpar.backends.onesided.heap import Heap, flags_size
 from fastpar.backends.onesided.signals import await_kernel
 from fastpar.core.errors import FastparError
+from fastpar.ops.collectives import dtypes_named
 from fastpar.ops.onesided import HeapSpec
 
 LOOKS = 1_000_000
@@ -137,13 +138,13 @@ class Symmetric(Heap):
         return self.memory[self.rank].narrow(0, offset, size)
 
     def unpack(
-        self, buffer: torch.Tensor, shapes: Sequence[int], boxes: Sequence[int], dtypes: Sequence[torch.dtype]
+        self, buffer: torch.Tensor, shapes: Sequence[int], boxes: Sequence[int], dtypes: str
     ) -> list[torch.Tensor]:
-        key = (tuple(boxes), buffer.element_size(), tuple(dtypes))
+        key = (tuple(boxes), buffer.element_size(), dtypes)
         if key not in self.tables:
-            sizes = [d.itemsize for d in dtypes] or [buffer.element_size()] * len(ranks_of(shapes))
+            sizes = [d.itemsize for d in dtypes_named(dtypes)] or [buffer.element_size()] * len(ranks_of(shapes))
             self.tables[key] = make_table(boxes, sizes, self.device)
-        out: list[torch.Tensor] = unpack_operator(buffer, list(shapes), list(boxes), text(dtypes), self.tables[key])
+        out: list[torch.Tensor] = unpack_operator(buffer, list(shapes), list(boxes), dtypes, self.tables[key])
         return out
 
     def _table(self, numbers: Sequence[int]) -> torch.Tensor:

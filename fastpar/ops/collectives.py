@@ -32,7 +32,7 @@ _LIB.define("all_to_all(Tensor[] xs, str[] srcs, str[] dsts) -> Tensor[]", tags=
 _LIB.define("all_gather(Tensor[] xs, str[] srcs, str[] dsts) -> Tensor[]", tags=_PT2)
 _LIB.define("all_reduce(Tensor[] xs, str op, str axes) -> Tensor[]", tags=_PT2)
 _LIB.define("pack(Tensor[] xs, int[] boxes) -> Tensor", tags=_PT2)
-_LIB.define("unpack(Tensor buffer, int[] shapes, int[] boxes, ScalarType[] dtypes=[]) -> Tensor[]", tags=_PT2)
+_LIB.define("unpack(Tensor buffer, int[] shapes, int[] boxes, str dtypes='') -> Tensor[]", tags=_PT2)
 
 _LIB.impl("local", lambda x, a, b: x.clone(), "CompositeExplicitAutograd")
 torch.library.register_fake("fastpar::local", lambda x, a, b: torch.empty_like(x), lib=_LIB)
@@ -47,6 +47,23 @@ all_to_all = torch.ops.fastpar.all_to_all.default
 pack = torch.ops.fastpar.pack.default
 unpack = torch.ops.fastpar.unpack.default
 COLLECTIVES = (all_to_all, all_gather, all_reduce)
+
+
+# -- dtypes as text: of lists of them, operators get numbers in torch 2.11 ---------------------
+
+
+def names_of(dtypes: Sequence[torch.dtype]) -> str:
+    """Dtypes as text, for an operator's argument.
+
+    >>> names_of([torch.uint8, torch.float8_e4m3fn])
+    'uint8.float8_e4m3fn'
+    """
+    return ".".join(str(d).removeprefix("torch.") for d in dtypes)
+
+
+def dtypes_named(names: str) -> list[torch.dtype]:
+    """Inverse of ``names_of``."""
+    return [getattr(torch, name) for name in names.split(".")] if names else []
 
 
 # -- boxes as integers: [operand, rank, *starts, *sizes] per box ------------------------------
@@ -101,12 +118,13 @@ def pack_boxes(xs: Sequence[torch.Tensor], flat: Sequence[int]) -> torch.Tensor:
 
 
 def unpack_boxes(
-    buffer: torch.Tensor, shapes: Sequence[int], flat: Sequence[int], dtypes: Sequence[torch.dtype] = ()
+    buffer: torch.Tensor, shapes: Sequence[int], flat: Sequence[int], dtypes: str = ""
 ) -> list[torch.Tensor]:
     """Tensors (``shapes``: [rank, *sizes] each) put together from the boxes of a 1-D buffer.
 
-    ``dtypes``: of the tensors, where the buffer holds bytes.
+    ``dtypes``: of the tensors (``names_of``), where the buffer holds bytes.
     """
+    kinds = dtypes_named(dtypes)
     out_shapes, i = [], 0
     while i < len(shapes):
         out_shapes.append(tuple(shapes[i + 1 : i + 1 + shapes[i]]))
@@ -114,14 +132,14 @@ def unpack_boxes(
     tiles: list[list[tuple[tuple[int, ...], torch.Tensor]]] = [[] for _ in out_shapes]
     offset = 0
     for operand, starts, sizes in decode(flat):
-        numel = math.prod(sizes) * (dtypes[operand].itemsize if dtypes else 1)
+        numel = math.prod(sizes) * (kinds[operand].itemsize if kinds else 1)
         piece = buffer.narrow(0, offset, numel)
-        if dtypes:  # a copy, since only what is aligned can be viewed as what it is
-            piece = piece.clone().view(dtypes[operand])
+        if kinds:  # a copy, since only what is aligned can be viewed as what it is
+            piece = piece.clone().view(kinds[operand])
         tiles[operand].append((starts, piece.view(sizes)))
         offset += numel
     return [
-        _assemble(tile, 0) if tile else buffer.new_empty(shape, dtype=dtypes[i] if dtypes else None)
+        _assemble(tile, 0) if tile else buffer.new_empty(shape, dtype=kinds[i] if kinds else None)
         for i, (tile, shape) in enumerate(zip(tiles, out_shapes, strict=True))
     ]
 
@@ -149,12 +167,13 @@ def _pack_fake(xs: Sequence[torch.Tensor], flat: Sequence[int]) -> torch.Tensor:
 
 
 def _unpack_fake(
-    buffer: torch.Tensor, shapes: Sequence[int], flat: Sequence[int], dtypes: Sequence[torch.dtype] = ()
+    buffer: torch.Tensor, shapes: Sequence[int], flat: Sequence[int], dtypes: str = ""
 ) -> list[torch.Tensor]:
     out: list[torch.Tensor] = []
+    kinds = dtypes_named(dtypes)
     i = 0
     while i < len(shapes):
-        dtype = dtypes[len(out)] if dtypes else None
+        dtype = kinds[len(out)] if kinds else None
         out.append(buffer.new_empty(tuple(shapes[i + 1 : i + 1 + shapes[i]]), dtype=dtype))
         i += 1 + shapes[i]
     return out
@@ -210,7 +229,7 @@ class Exchange:
 
     The buffer for a peer holds the first value's boxes, then the second's, and so on; so Q, K
     and V of one attention travel in one message however different their shapes are. ``dtypes`` are the values':
-    where they differ, messages are of bytes, and so are the splits.
+    where they differ, messages are of bytes, and so are the splits; ``unpack`` is then told the dtypes.
     """
 
     def __init__(
@@ -228,8 +247,9 @@ class Exchange:
         self.group = self.sides[0].group
         peers = range(len(self.group))
         self.me = self.sides[0].me
-        self.dtypes = list(dtypes) if len(set(dtypes)) > 1 else []
-        sizes = [d.itemsize for d in self.dtypes] or [1] * len(self.sides)
+        mixed = len(set(dtypes)) > 1
+        self.dtypes = names_of(dtypes) if mixed else ""
+        sizes = [d.itemsize for d in dtypes] if mixed else [1] * len(self.sides)
         each = list(zip(self.sides, sizes, strict=True))
         self.send_splits = [sum(t.send_splits[p] * size for t, size in each) for p in peers]
         self.receive_splits = [sum(t.receive_splits[p] * size for t, size in each) for p in peers]

@@ -34,7 +34,7 @@ _TAGS = (*_PT2, torch.Tag.needs_exact_strides)
 _LIB.define("put(Tensor x, str heap, int channel, int[] sends, int[] awaits) -> Tensor", tags=_TAGS)
 _ARRIVES = "Tensor token, Tensor sent, str heap, int channel, int[] sources, int[] credits, int offset"
 _LIB.define(
-    f"receive({_ARRIVES}, int numel, int[] shapes, int[] boxes, ScalarType[] dtypes=[]) -> Tensor[]", tags=_TAGS
+    f"receive({_ARRIVES}, int numel, int[] shapes, int[] boxes, str dtypes='') -> Tensor[]", tags=_TAGS
 )
 _LIB.define(f"receive_sum({_ARRIVES}, int terms, int numel, str op) -> Tensor", tags=_TAGS)
 
@@ -79,7 +79,7 @@ class Heap(Protocol):
         """What ``read`` makes of the ``numel`` elements, of ``like``'s dtype, that came to ``offset`` (bytes)."""
 
     def unpack(
-        self, buffer: torch.Tensor, shapes: Sequence[int], boxes: Sequence[int], dtypes: Sequence[torch.dtype]
+        self, buffer: torch.Tensor, shapes: Sequence[int], boxes: Sequence[int], dtypes: str
     ) -> list[torch.Tensor]:
         """``fastpar::unpack`` out of the heap, as its device does it best."""
 
@@ -136,7 +136,7 @@ def _put(x: torch.Tensor, heap: str, channel: int, sends: Sequence[int], awaits:
 
 def _receive(
     token: torch.Tensor, sent: torch.Tensor, heap: str, channel: int, sources: Sequence[int], credits: Sequence[int],
-    offset: int, numel: int, shapes: Sequence[int], boxes: Sequence[int], dtypes: Sequence[torch.dtype] = (),
+    offset: int, numel: int, shapes: Sequence[int], boxes: Sequence[int], dtypes: str = "",
 ) -> list[torch.Tensor]:  # fmt: skip
     mine = heap_of(heap)
 
@@ -157,7 +157,7 @@ def _receive_sum(
 
 def _receive_fake(
     token: torch.Tensor, sent: torch.Tensor, heap: str, channel: int, sources: Sequence[int], credits: Sequence[int],
-    offset: int, numel: int, shapes: Sequence[int], boxes: Sequence[int], dtypes: Sequence[torch.dtype] = (),
+    offset: int, numel: int, shapes: Sequence[int], boxes: Sequence[int], dtypes: str = "",
 ) -> list[torch.Tensor]:  # fmt: skip
     return _unpack_fake(sent, shapes, boxes, dtypes)
 

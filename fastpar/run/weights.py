@@ -146,9 +146,7 @@ class ShardedWeights:
         for name, parameter in list(model.named_parameters()):
             shells[id(parameter)] = self._shell(parameter, self.weights[name])
         for module in model.modules():
-            for name, held in list(module._parameters.items()):
-                if held is not None and shells[id(held)] is not held:
-                    module._parameters[name] = shells[id(held)]
+            _put_anew(module, {n: shells[id(held)] for n, held in module._parameters.items() if held is not None})
         _move_buffers(model, files or {}, device)
 
     @property
@@ -168,6 +166,8 @@ class ShardedWeights:
             if hasattr(parameter, _MARK):
                 parameter.data = self.weights[name].restored()
                 delattr(parameter, _MARK)
+        for module in self.model.modules():
+            _put_anew(module, {})
 
     def __enter__(self) -> ShardedWeights:
         return self
@@ -227,6 +227,14 @@ def files_of(path: Path) -> dict[str, Path]:
         with safe_open(file, framework="pt") as held:
             out.update(dict.fromkeys(held.keys(), file))
     return out
+
+
+def _put_anew(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
+    """``module``'s parameters, some of them replaced, taken out of their dictionary and put back in order: where a
+    dictionary has not changed, Dynamo may take it that the tensors in it have not."""
+    held = {**module._parameters, **parameters}
+    module._parameters.clear()
+    module._parameters.update(held)
 
 
 def _move_buffers(model: nn.Module, files: Mapping[str, Path], device: torch.device | None) -> None:
