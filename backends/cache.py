@@ -22,12 +22,13 @@ from torch import fx
 from torch._inductor import config
 from torch._inductor.fx_passes.control_dependencies import control_deps
 
+from fastpar.core.version import source_hash
 from fastpar.graph.program import Program
 
 
 def key(program: Program, traced: fx.GraphModule) -> str:
     """What compiled code of this program is known by, beside what Inductor itself looks at."""
-    digest = hashlib.sha256(program.origin.encode())
+    digest = hashlib.sha256(f"{source_hash()} {program.origin} ".encode())
     digest.update(Program(traced, ()).hash().encode())
     return digest.hexdigest()
 

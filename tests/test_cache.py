@@ -20,13 +20,15 @@ from torch._inductor.utils import fresh_cache
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-import fastpar.run.origin as origin_module
+from fastpar.backends import cache
 from fastpar.backends.cache import kept, key
 from fastpar.backends.inductor import compile_inductor
 from fastpar.backends.pinned import pin
+from fastpar.core import version
+from fastpar.core.version import source_hash
 from fastpar.graph.program import Program
 from fastpar.run.build import build
-from fastpar.run.origin import fields, origin, source_hash
+from fastpar.run.origin import fields, origin
 from tests.test_cfg import Block, inputs
 from tests.test_pinned import C10D
 
@@ -98,12 +100,31 @@ def test_origins_differ_by_all_that_was_chosen() -> None:
 
 
 def test_the_source_is_a_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "one.py").write_text("x = 1")
-    monkeypatch.setattr(origin_module, "PACKAGES", (tmp_path,))
-    first = source_hash.__wrapped__()
-    (tmp_path / "one.py").write_text("x = 2")
-    assert source_hash.__wrapped__() != first
-    assert first != source_hash()
+    """All three folders count."""
+    seen = source_hash()
+    for name in version.PACKAGES:
+        (folder := tmp_path / name).mkdir()
+        (folder / "one.py").write_text(name)
+    monkeypatch.setattr(version, "_folders", lambda name: [str(tmp_path / name)])
+    found = {seen, source_hash.__wrapped__()}
+    for name in version.PACKAGES:
+        (tmp_path / name / "one.py").write_text("changed")
+        found.add(source_hash.__wrapped__())
+    assert len(found) == 5
+
+
+def test_another_state_of_the_source_compiles_anew(group: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also without an origin: code of before would call our operators with the arguments that they had then."""
+    local = program().localise(0, {("ulysses",): group})
+    assert not local.origin
+    hits: list[int] = []
+    with fresh_cache():
+        for source in ("before", "before", "after"):
+            monkeypatch.setattr(cache, "source_hash", lambda source=source: source)
+            counters.clear()
+            compile_inductor(local.copy())
+            hits.append(counters["inductor"]["fxgraph_cache_hit"])
+    assert hits == [0, 1, 0]
 
 
 def test_with_several_ranks_no_benchmark_decides() -> None:

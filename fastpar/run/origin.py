@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
-from pathlib import Path
 
 import torch
 
-import fastpar.backends
-import fastpar.passes
-from fastpar.core.version import VERSION
+from fastpar.core.version import VERSION, source_hash
 from fastpar.run.build import Built
-
-PACKAGES = (Path(__file__).parents[1], Path(fastpar.passes.__path__[0]), Path(fastpar.backends.__path__[0]))
 
 
 def fields(built: Built, lowering: str, transport: str = "two-sided") -> dict[str, str]:
@@ -44,13 +38,3 @@ def origin(given: dict[str, str], built: Built) -> str:
     """One digest of ``fields`` and of the topology that the plan was placed on."""
     box = "" if built.choice is None else repr(built.choice.topology)
     return hashlib.sha256(json.dumps([given, box]).encode()).hexdigest()
-
-
-@functools.cache
-def source_hash() -> str:
-    """Hash of this package's source: what one state of it compiled, another does not take for its own."""
-    digest = hashlib.sha256()
-    for root in PACKAGES:
-        for path in sorted(root.rglob("*.py")):
-            digest.update(f"{root.name}/{path.relative_to(root).as_posix()}\n".encode() + path.read_bytes())
-    return digest.hexdigest()
