@@ -1,25 +1,30 @@
 """``lower``: every change of layout becomes one concrete operator.
 
 Rows that a rank has already are a slice; equal shares that all ranks need are an
-all-gather; sums over ranks are an all-reduce; everything else is one packed all-to-all.
+all-gather; sums over ranks are an all-reduce, or where a rank keeps some of their rows an
+all-to-all of terms, each added up where it stays; everything else is one packed all-to-all.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from operator import getitem
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import torch
 from torch import fx
 
 from fastpar.core.layout import Layout
 from fastpar.core.mesh import Mesh
-from fastpar.core.transfer import is_local
+from fastpar.core.transfer import is_local, scattered
 from fastpar.graph.pipeline import Pass, PassContext
 from fastpar.graph.program import Program
 from fastpar.ops.collectives import all_gather, all_reduce, all_to_all, gathers_evenly, local
 from fastpar.ops.redistribute import redistribute
 from fastpar.ops.ring import redistribute_all
+from fastpar.ops.terms import terms
+
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -47,16 +52,28 @@ class Lower(Pass):
         x: fx.Node = node.args[0]  # type: ignore[assignment]
         src, dst = Layout.parse(str(node.args[1])), Layout.parse(str(node.args[2]))
 
-        def emit(target: object, args: tuple[object, ...], layout: object) -> fx.Node:
-            new = graph.call_function(target, args)  # type: ignore[arg-type]
-            new.meta = {**node.meta, "layout": layout}
+        def emit(target: object, args: tuple[object, ...], layout: object, meta: Any = None, **kwargs: Any) -> fx.Node:
+            new = graph.call_function(target, args, kwargs)  # type: ignore[arg-type]
+            new.meta = {**node.meta, "layout": layout, **(meta or {})}
             return new
 
-        def collective(target: object, args: tuple[object, ...], layout: Layout) -> fx.Node:
-            several = emit(target, args, (layout,))
-            several.meta["val"] = [node.meta["val"]]
-            return emit(getitem, (several, 0), layout)
+        def collective(target: object, args: tuple[object, ...], layout: Layout, meta: Any = None) -> fx.Node:
+            several = emit(target, args, (layout,), meta)
+            several.meta["val"] = [several.meta["val"]]
+            return emit(getitem, (several, 0), layout, meta)
 
+        by_terms = scattered(src, dst, mesh)
+        if by_terms is not None:
+            [entry] = (p for p in src.partial if p not in dst.partial)
+            before, after = (Layout(x.dims, dst.partial) for x in by_terms)
+            value, count = node.meta["val"], before.dims[0].size
+            with value.fake_mode:
+                stacked = {"val": value.new_empty((count, *value.shape))}
+            x = emit(terms, (x, str(entry), count), before, stacked)
+            x = collective(all_to_all, ([x], [str(before)], [str(after)]), after, stacked)
+            if entry.op == "sum":
+                return emit(aten.sum.dim_IntList, (x, [0], False), dst, dtype=value.dtype)
+            return emit({"max": aten.amax.default, "min": aten.amin.default}[entry.op], (x, [0]), dst)
         for entry in src.partial:
             if entry not in dst.partial:
                 src = Layout(src.dims, tuple(p for p in src.partial if p != entry))

@@ -221,6 +221,12 @@ class Partial:
     def __str__(self) -> str:
         return f"{self.op}:{'.'.join(self.axes)}"
 
+    @staticmethod
+    def parse(text: str) -> Partial:
+        """Inverse of ``str``."""
+        op, _, axes = text.partition(":")
+        return Partial(op, tuple(axes.split(".")))
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -365,8 +371,7 @@ def _parse_layout(text: str) -> Layout:
         dims.append(Dim.of(atoms))
     partial = []
     for item in match[2].split(", ") if match[2] else []:
-        op, _, axes = item.partition(":")
-        partial.append(Partial(op, tuple(axes.split("."))))
+        partial.append(Partial.parse(item))
     return Layout(tuple(dims), tuple(partial))
 
 

@@ -185,8 +185,29 @@ def is_local(src: Layout, dst: Layout, mesh: Mesh) -> bool:
 
 
 @lru_cache(maxsize=16384)
+def scattered(src: Layout, dst: Layout, mesh: Mesh) -> tuple[Layout, Layout] | None:
+    """The exchange of a reduce-scatter: terms as rows of a dimension in front, split over ranks, then whole.
+
+    None where ``src`` is not reduced along the way, or where an all-reduce sends no more.
+    """
+    gone = [p for p in src.partial if p not in dst.partial]
+    if len(gone) != 1 or len(src.partial) != len(dst.partial) + 1:
+        return None
+    count = mesh.size(gone[0].axes)
+    before = Layout((Dim.split(count, gone[0].axes, (1,) * count), *src.dims))
+    after = Layout((Dim.whole(count), *dst.dims))
+    sent = max(transfer(before, after, mesh, rank).sent for rank in range(mesh.ranks))
+    return (before, after) if sent < max(_sent_reducing(src, dst, mesh)) else None
+
+
+@lru_cache(maxsize=16384)
 def elements_sent(src: Layout, dst: Layout, mesh: Mesh) -> tuple[int, ...]:
     """Elements that leave each rank for others in ``src -> dst``; an all-reduce counts 2(N-1)/N of its value."""
+    by_terms = scattered(src, dst, mesh)
+    return _sent_reducing(*(by_terms or (src, dst)), mesh)
+
+
+def _sent_reducing(src: Layout, dst: Layout, mesh: Mesh) -> tuple[int, ...]:
     reduced = [0] * mesh.ranks
     if src.partial and src.partial != dst.partial:
         n = mesh.size(tuple(src.partial_axes - dst.partial_axes))

@@ -15,6 +15,7 @@ from fastpar.rules import (  # noqa: F401  (imported for their registrations)
     resample,
     scan,
     spatial,
+    terms,
     views,
 )
 from fastpar.rules.table import Call, Decision, Pos, Rule, rule_for

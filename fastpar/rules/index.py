@@ -1,40 +1,125 @@
-"""Indexing: the indexed dimension of the table is whole, everything else passes through."""
+"""Indexing: what an index names on other ranks is looked up there.
+
+An index may name any row. Reading, every rank looks up the rows that it holds, and the result is a sum over ranks;
+writing, every rank writes the rows that it holds. Everything else passes through.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
-from fastpar.core.layout import Dim, Layout
+from fastpar.core.layout import Layout
 from fastpar.core.mesh import Mesh
-from fastpar.rules.factor import FactorRule, Factors, Names
-from fastpar.rules.table import Call, Decision, Gather, Pos, Rule, register
+from fastpar.ops.held import ALL, gather_held, held_text, read_held, scatter_held, write_held
+from fastpar.rules.factor import FactorRule, Factors, Names, aligned
+from fastpar.rules.table import Call, Decision, Localised, Pos, register, whole_decision
 
-_ANY_ROW = "an index may point to any row of this dimension"
+_SMALL_TABLE = "an index may name any row of this dimension, and the result is larger than the table"
+_NO_SUM = "an index may name any row of this dimension, and values of this type are not added up"
+_ANY_PLACE = "an index may put this row anywhere"
+_COUNTED = "how many rows a mask marks before this one depends on all of it"
+
+
+def _read(
+    call: Call, operands: tuple[Names, ...], result: Names, whole: Mapping[str, str] | None = None
+) -> Factors:
+    """The factors of a lookup in operand 0: its "v..." are summed over ranks where that moves less than the table."""
+    reason = None
+    dtype = call.node.meta["val"].dtype
+    if dtype.itemsize == 1 or dtype.is_complex:
+        reason = _NO_SUM
+    elif _summed_bytes(call, operands[0], result) >= call.bytes(0):
+        reason = _SMALL_TABLE
+    looked_up = [n for n in operands[0] if n and n[0] == "v"]
+    stay = {} if reason is None else dict.fromkeys(looked_up, reason)
+    return Factors(operands, (result,), {} if reason else dict.fromkeys(looked_up, "sum"), {**stay, **(whole or {})})
+
+
+def _summed_bytes(call: Call, table: Names, result: Names) -> int:
+    """What leaves a rank, about, to add the result up: twice its bytes, or once where it has rows to be split then."""
+    own = [size for name, size in zip(result, call.shape, strict=True) if name not in table]
+    return math.prod(call.shape) * call.itemsizes[0] * (2 if call.tail or max(own, default=1) == 1 else 1)
 
 
 def _embedding(call: Call) -> Factors:
     index = tuple(f"i{d}" for d in range(len(call.shapes[1])))
-    return Factors((("v", "c"), index), ((*index, "c"),), whole={"v": _ANY_ROW})
+    return _read(call, (("v", "c"), index), (*index, "c"))
 
 
 def _gather(call: Call) -> Factors:
+    """(x, dim, index) -> x at the index along ``dim``; with fewer rows of another dimension in it, the first"""
     d = call.arg(1, "dim") % max(1, len(call.shape))
     names = tuple(f"d{i}" for i in range(len(call.shape)))
     table = tuple(
         "v" if i == d else n if call.shapes[0][i] == call.shape[i] else f"t{i}" for i, n in enumerate(names)
     )
-    whole = {"v": _ANY_ROW, **{t: _ANY_ROW for t in table if t.startswith("t")}}
-    return Factors((table, names), (names,), whole=whole)
+    return _read(call, (table, names), names, {t: _ANY_PLACE for t in table if t.startswith("t")})
 
 
 def _index_select(call: Call) -> Factors:
     d = call.arg(1, "dim") % len(call.shape)
     names = tuple(f"d{i}" for i in range(len(call.shape)))
     table = tuple("v" if i == d else n for i, n in enumerate(names))
-    index = (names[d],) if len(call.shapes[1]) else ()
-    return Factors((table, index), (names,), whole={"v": _ANY_ROW})
+    return _read(call, (table, (names[d],) if len(call.shapes[1]) else ()), names)
+
+
+def _is_mask(index: Any) -> bool:
+    return index is not None and index.meta["val"].dtype in (torch.bool, torch.uint8)
+
+
+def _indexed(call: Call) -> tuple[Names, tuple[Names, ...], Names, list[int]]:
+    """Names of what is indexed, of the indices (none of them a mask), and of what they select from it; its sizes."""
+    indices = list(call.args[1])
+    given = [i for i, x in enumerate(indices) if x is not None]
+    x: Names = tuple(f"v{i}" if i in given else f"d{i}" for i in range(len(call.shapes[0])))
+    shapes = call.shapes[1 : 1 + len(given)]
+    common = list(torch.broadcast_shapes(*shapes))
+    out = tuple(f"i{k}" for k in range(len(common)))
+    names = tuple(aligned(s, tuple(common), "i") for s in shapes)
+    rest = [i for i in range(len(x)) if i not in given]
+    adjacent = given == list(range(given[0], given[-1] + 1))
+    at = sum(i < given[0] for i in rest) if adjacent else 0
+    selected = (*(x[i] for i in rest[:at]), *out, *(x[i] for i in rest[at:]))
+    sizes = [call.shapes[0][i] for i in rest]
+    return x, names, selected, [*sizes[:at], *common, *sizes[at:]]
+
+
+def _index(call: Call) -> Factors:
+    x, indices, selected, _ = _indexed(call)
+    return _read(call, (x, *indices), selected)
+
+
+def _index_put(call: Call) -> Factors:
+    """(x, indices, values) -> x with the values at the indices: every row stays where it is"""
+    indices, values = call.args[1], call.shapes[-1]
+    if any(map(_is_mask, indices)):
+        return _masked_put(call)
+    x, names, selected, sizes = _indexed(call)
+    shift = len(selected) - len(values)
+    given = tuple(n if s == size else None for n, s, size in zip(selected[shift:], values, sizes[shift:], strict=True))
+    return Factors((x, *names, given), (x,), whole={n: _ANY_PLACE for n in selected if n and n[0] == "i"})
+
+
+def _masked_put(call: Call) -> Factors:
+    """One mask over some dimensions: whoever has a row has its part of the mask, and writes the same value."""
+    indices, values = list(call.args[1]), call.shapes[-1]
+    x: Names = tuple(f"d{i}" for i in range(len(call.shape)))
+    if sum(i is not None for i in indices) == 1:
+        at = next(i for i, index in enumerate(indices) if index is not None)
+        behind = len(call.shape) - at - len(call.shapes[1])
+        given: list[str | None] = [None] * len(values)
+        for k in range(1, min(behind, len(values)) + 1):
+            given[-k] = x[-k] if values[-k] == call.shape[-k] else None
+        # one value for all that the mask marks, or for all rows in front of it
+        if all(s == 1 for s in values[: len(values) - min(behind, len(values))]):
+            return Factors((x, x[at : at + len(call.shapes[1])], tuple(given)), (x,))
+    every = tuple(tuple(f"m{i}.{k}" for k in range(len(s))) for i, s in enumerate(call.shapes[1:]))
+    names = {n: _COUNTED for n in (*x, *(n for operand in every for n in operand))}
+    return Factors((x, *every), (x,), whole=names)
 
 
 def _index_copy(call: Call) -> Factors:
@@ -42,9 +127,30 @@ def _index_copy(call: Call) -> Factors:
     d = call.arg(1, "dim") % max(1, len(call.shape))
     names = tuple(f"d{i}" for i in range(len(call.shape)))
     x = tuple("v" if i == d else n for i, n in enumerate(names))
-    source = tuple("s" if i == d else n for i, n in enumerate(names)) if len(call.shapes[2]) else ()
-    index = ("s",) if len(call.shapes[1]) else ()
-    return Factors((x, index, source), (x,), whole={"v": _ANY_ROW, "s": _ANY_ROW})
+    index, source = call.shapes[1:]
+    whole = {"s": _ANY_PLACE}
+    if len(index) != 1 or len(source) != len(call.shape) or call.kwargs.get("alpha", 1) != 1:
+        whole["v"] = _ANY_PLACE
+    rows = tuple("s" if n == "v" else n for n in x)
+    return Factors((x, ("s",) * len(index), rows if source else ()), (x,), whole=whole)
+
+
+def _scatter(call: Call) -> Factors:
+    """(x, dim, index, source) -> x with elements of source at the index along ``dim``"""
+    d = call.arg(1, "dim") % max(1, len(call.shape))
+    x, operands, whole = [], [[] for _ in call.shapes[1:]], {}  # type: ignore[var-annotated]
+    for i, size in enumerate(call.shape):
+        sizes = [s[i] for s in call.shapes[1:]]
+        name = f"d{i}"
+        if i == d or any(s != size for s in sizes):
+            name = f"s{i}"  # behind what the index has, source has more and x keeps what it was
+            whole[name] = _ANY_PLACE
+        x.append("v" if i == d else name)
+        for operand in operands:
+            operand.append(name)
+    if len(operands) < 2 or not call.shape:  # a number in all places has no operator of ours
+        whole["v"] = _ANY_PLACE
+    return Factors((tuple(x), *map(tuple, operands)), (tuple(x),), whole=whole)
 
 
 def _bucketize(call: Call) -> Factors:
@@ -53,102 +159,78 @@ def _bucketize(call: Call) -> Factors:
     return Factors((names, ("b",)), (names,), whole={"b": "every boundary counts for every element"})
 
 
-def _is_mask(index: Any) -> bool:
-    return index is not None and index.meta["val"].dtype in (torch.bool, torch.uint8)
+class LookupRule(FactorRule):
+    """Factors, of which those that begin with "v" are looked up; ``local`` is the call where a rank holds some of
+    their rows, given as text (``fastpar.ops.held``)."""
+
+    def __init__(self, factors: Callable[[Call], Factors], local: Callable[[Call, str], Localised]) -> None:
+        super().__init__(factors)
+        self.local = local
+
+    def rows(self, call: Call) -> list[int]:
+        """Dimensions of the result that are not the table's: one row for each that was looked up."""
+        spec = self.factors(call)
+        return [d for d, name in enumerate(spec.results[0]) if name not in spec.operands[0]]
+
+    def localise(
+        self, call: Call, ins: tuple[Layout, ...], outs: tuple[Layout, ...], mesh: Mesh, rank: int
+    ) -> Localised:
+        names = self.factors(call).operands[0]
+        held = [held_text(dim, mesh, rank) for n, dim in zip(names, ins[0].dims, strict=True) if n and n[0] == "v"]
+        if all(text == ALL for text in held):
+            return super().localise(call, ins, outs, mesh, rank)
+        return self.local(call, " ".join(held))
 
 
-def _indexed(call: Call) -> set[int]:
-    """Dimensions of x that the indices stand for: a mask of k dimensions takes k of them."""
-    dims: set[int] = set()
-    at = 0
-    for index in call.args[1]:
-        taken = index.meta["val"].dim() if _is_mask(index) else 1
-        if index is not None:
-            dims |= set(range(at, at + taken))
-        at += taken
-    return dims
-
-
-class IndexRule(Rule):
-    """x[..., i, j, ...] with tensors: indexed dimensions whole, the indices' own rows pass through."""
-
-    def _names(self, call: Call) -> Factors:
-        indices = list(call.args[1])
-        given = [i for i, x in enumerate(indices) if x is not None]
-        x: Names = tuple(f"v{i}" if i in given else f"d{i}" for i in range(len(call.shapes[0])))
-        shapes = call.shapes[1:]
-        rank = max(len(s) for s in shapes)
-        common = tuple(f"i{k}" for k in range(rank))
-        size = [max((s[k - rank + len(s)] for s in shapes if k - rank + len(s) >= 0), default=1)
-                for k in range(rank)]  # fmt: skip
-        operands: list[Names] = [x]
-        for s in shapes:
-            shift = rank - len(s)
-            operands.append(
-                tuple(common[k + shift] if s[k] == size[k + shift] else None for k in range(len(s)))
-            )
-        rest = [n for i, n in enumerate(x) if i not in given]
-        adjacent = given == list(range(given[0], given[-1] + 1))
-        at = sum(1 for i in range(len(x)) if i < given[0] and i not in given) if adjacent else 0
-        result = (*rest[:at], *common, *rest[at:])
-        return Factors(tuple(operands), (tuple(result),), whole={f"v{i}": _ANY_ROW for i in given})
+class IndexRule(LookupRule):
+    """x[..., i, j, ...] with tensors. The result of a mask has a size that depends on values: everything whole."""
 
     def decide(self, call: Call, layouts: tuple[Layout, ...], mesh: Mesh) -> Decision:
-        if any(map(_is_mask, call.args[1])):  # the result's size depends on values
-            return super().decide(call, layouts, mesh)
-        return FactorRule(self._names).decide(call, layouts, mesh)
+        if any(map(_is_mask, call.args[1])):
+            return whole_decision(call, layouts, self.reason)
+        return super().decide(call, layouts, mesh)
 
     def operands_for(self, call: Call, want: Layout) -> tuple[Layout, ...] | None:
-        return None if any(map(_is_mask, call.args[1])) else FactorRule(self._names).operands_for(call, want)
+        return None if any(map(_is_mask, call.args[1])) else super().operands_for(call, want)
 
     def back(self, call: Call, pos: Pos) -> list[tuple[int, Pos]]:
         # rows of an index tensor are rows of the result, but splitting starts at the result:
         # an index is cheap, the table's rows are what costs
         if any(map(_is_mask, call.args[1])):
             return []
-        return [p for p in FactorRule(self._names).back(call, pos) if p[0] == 0]
+        return [p for p in super().back(call, pos) if p[0] == 0]
+
+    def rows(self, call: Call) -> list[int]:
+        return [] if any(map(_is_mask, call.args[1])) else super().rows(call)
 
 
-class IndexPutRule(Rule):
-    """index_put(x, indices, values): rows of other dimensions pass through, indexed ones are whole."""
-
-    def decide(self, call: Call, layouts: tuple[Layout, ...], mesh: Mesh) -> Decision:
-        given = _indexed(call)
-        x, values = layouts[0].summed(), len(call.shapes) - 1
-        tail = len(call.shape) - 1 - max(given)  # trailing dimensions that are not indexed
-        dims, gathers = [], []
-        for i, dim in enumerate(x.dims):
-            free = i > max(given) and len(call.shapes[values]) >= len(call.shape) - i
-            free = free and call.shapes[values][i - len(call.shape)] == call.shape[i]
-            if not free and not dim.is_whole:
-                gathers.append(Gather(0, _ANY_ROW))
-            dims.append(dim if free else Dim.whole(dim.size))
-        inputs = [Layout(tuple(dims))]
-        for k, shape in enumerate(call.shapes[1:], start=1):
-            layout = Layout.whole(shape)
-            if k == values:
-                for j in range(min(tail, len(shape))):
-                    if shape[-1 - j] == call.shape[-1 - j]:
-                        layout = layout.with_dim(len(shape) - 1 - j, dims[-1 - j])
-            inputs.append(layout)
-        return Decision(tuple(inputs), (inputs[0],), tuple(gathers))
-
-    def back(self, call: Call, pos: Pos) -> list[tuple[int, Pos]]:
-        return [(0, pos)] if pos.dim not in _indexed(call) else []  # rows that any index may write begin here
+def _along(call: Call) -> list[Any]:
+    """The index of an operator along one dimension as ``x[..., index]`` has it."""
+    return [None] * (call.arg(1, "dim") % len(call.shapes[0])) + [call.operands[1]]
 
 
-class IndexCopyRule(FactorRule):
-    """index_copy, index_add: other dimensions pass through, the indexed one is whole."""
+def _scatter_how(call: Call) -> str:
+    reduction = call.arg(4, "reduce")
+    if call.name == "aten::scatter_reduce":
+        return f"{'reduce' if call.kwargs.get('include_self', True) else 'only'} {reduction}"
+    how = "add" if call.name == "aten::scatter_add" else "set"
+    return how if reduction is None else {"add": "reduce sum", "multiply": "reduce prod"}[reduction]
 
-    def back(self, call: Call, pos: Pos) -> list[tuple[int, Pos]]:
-        d = call.arg(1, "dim") % max(1, len(call.shape))
-        return [] if pos.dim == d else super().back(call, pos)  # rows that any index may write begin here
 
-
-register(["aten::index_copy", "aten::index_add"], IndexCopyRule(_index_copy))
-register("aten::embedding", FactorRule(_embedding))
-register("aten::gather", FactorRule(_gather))
 register("aten::bucketize", FactorRule(_bucketize))
-register("aten::index_select", FactorRule(_index_select))
-register(["aten::index", "aten::_unsafe_index"], IndexRule())
-register(["aten::index_put", "aten::_unsafe_index_put"], IndexPutRule())
+register("aten::embedding", LookupRule(
+    _embedding, lambda call, held: (read_held, (call.operands[0], [call.operands[1]], held), {})))
+register("aten::index_select", LookupRule(
+    _index_select, lambda call, held: (read_held, (call.operands[0], _along(call), held), {})))
+register(["aten::index", "aten::_unsafe_index"], IndexRule(
+    _index, lambda call, held: (read_held, (*call.args[:2], held), {})))
+register("aten::gather", LookupRule(
+    _gather, lambda call, held: (gather_held, (call.operands[0], call.arg(1, "dim"), call.operands[1], held), {})))
+register(["aten::index_put", "aten::_unsafe_index_put"], LookupRule(
+    _index_put, lambda call, held: (write_held, (*call.args[:3], bool(call.arg(3, "accumulate", False)), held), {})))
+register(["aten::index_copy", "aten::index_add"], LookupRule(
+    _index_copy, lambda call, held: (write_held, (
+        call.operands[0], _along(call), call.operands[2], call.name == "aten::index_add", held), {})))
+register(["aten::scatter", "aten::scatter_add", "aten::scatter_reduce"], LookupRule(
+    _scatter, lambda call, held: (scatter_held, (
+        call.operands[0], call.arg(1, "dim"), call.operands[1], call.operands[2], _scatter_how(call), held), {})))

@@ -1,4 +1,4 @@
-"""Rows in another order, or one of them: written out in slices, or moved straight to where they belong."""
+"""Rows in another order, or some of them: written out in slices, or moved straight to where they belong."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import fx
 from fastpar.core.layout import Dim, Layout
 from fastpar.core.mesh import Mesh
 from fastpar.ops.redistribute import redistribute
-from fastpar.rules import Call
+from fastpar.rules import Call, rule_for
+from fastpar.rules.index import LookupRule
 from fastpar.rules.views import reversed_dim, slice_dim
 
 Written = Callable[..., Any]
@@ -80,6 +81,24 @@ def select(call: Call, layouts: Sequence[Layout], mesh: Mesh) -> Written | None:
     return written
 
 
+def lookup(call: Call, layouts: Sequence[Layout], mesh: Mesh) -> Written | None:
+    """Looked-up rows that are a sum over ranks are split at once: the table's were, and what follows is less then."""
+    rule = rule_for(call)
+    rows = rule.rows(call) if isinstance(rule, LookupRule) and not call.tail else []
+    d = max(rows, key=lambda d: call.shape[d], default=None)
+    out = rule.decide(call, tuple(layouts), mesh).outputs[0]
+    if d is None or call.shape[d] < 2 or len(out.partial) != 1:
+        return None
+    axes = out.partial[0].axes
+    cut = out.summed().with_dim(d, Dim.even(call.shape[d], axes, mesh))
+
+    def written(*args: Any, **kwargs: Any) -> torch.Tensor:
+        found = call.node.target(*args, **kwargs)  # type: ignore[operator]
+        return redistribute(found, str(out), str(cut))
+
+    return written
+
+
 def _selects(node: fx.Node, d: int) -> bool:
     if node.target not in (aten.select.int, aten.select_copy.int):
         return False
@@ -91,4 +110,5 @@ TABLE: dict[str, Callable[[Call, Sequence[Layout], Mesh], Written | None]] = {
     "aten::roll": roll,
     "aten::select": select,
     "aten::select_copy": select,
+    **{f"aten::{name}": lookup for name in ("embedding", "gather", "index", "_unsafe_index", "index_select")},
 }
