@@ -11,6 +11,8 @@ import torch.nn.functional as F
 import fastpar
 from fastpar.ops.ring import attention_lse, merge
 from fastpar.run.build import build
+from tests import programs
+from tests.prove import Way, prove
 
 torch.set_num_threads(1)
 
@@ -203,3 +205,12 @@ def test_every_shape_of_usp_up_to_8_ranks(text: int) -> None:
         for r in range(1, 9 // u + 1):
             report = fastpar.verify(captured, plan=f"ulysses={u},ring={r}")
             assert report.ok, (u, r, report.max_rel_err, report.diverged_at)
+
+
+@pytest.mark.parametrize(("batch", "plan"), [(1, "ring=2"), (1, "torus=3"), (2, "cfg=2,ulysses=2,ring=2")])
+def test_a_single_query_under_a_mask_of_numbers(batch: int, plan: str) -> None:
+    """The query is on one rank and its row of the mask on all of them, both of one row."""
+    attend = ("cross_attention", {"mask": "add", "bits": 8, "pooled": False})
+    steps = (("feed_forward", {"bias": False, "merged": False}), attend)
+    case = programs.build(programs.Recipe(batch=batch, tokens=1, text=3, start=("token_ids", {}), steps=steps))
+    prove(case, Way.of(plan, case.program))

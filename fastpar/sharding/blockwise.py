@@ -59,7 +59,8 @@ class Blockwise:
         rows = layout.with_dim(len(layout.dims) - 1, Dim.whole(1))
         lead: list[Dim] = [Dim.whole(1)] * (len(self.layout.dims) - len(rows.dims)) + [*rows.dims]
         pairs = zip(q.meta["layout"].dims, lead, strict=True)
-        queries = Layout(tuple(there if here.size == 1 else here for here, there in pairs))
+        queries = Layout(tuple(there if here.size == 1 and here.is_whole else here for here, there in pairs))
+        own = zip(queries.dims[len(lead) - len(rows.dims) :], rows.dims, strict=True)
         top = self._computed(aten.amax.default, (mask, [-1], True), rows)
         height = self._computed(aten.abs.default, (top,), rows)
         lost = self._computed(aten.gt.Scalar, (height, 1 / torch.finfo(accumulated(self.value.dtype)).eps), rows)
@@ -67,6 +68,8 @@ class Blockwise:
         lost = self._computed(aten.logical_and.default, (lost, finite), rows)
         kept = self._computed(aten.logical_not.default, (lost,), rows)
         off = self._computed(aten.masked_fill.Scalar, (top, kept, 0.0), rows)
+        # a single query that one rank has: all of them have the mask's row
+        lost = self.to(lost, Layout(tuple(a if a.size == b.size else b for a, b in own)), "mask")
         return (
             self._computed(aten.masked_fill.Scalar, (q, lost, 0.0), queries),
             self._computed(aten.sub.Tensor, (mask, off), layout),
