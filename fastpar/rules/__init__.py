@@ -9,6 +9,7 @@ from fastpar.rules import (  # noqa: F401  (imported for their registrations)
     create,
     index,
     matmul,
+    matrices,
     pointwise,
     quantize,
     reduce,
@@ -18,6 +19,6 @@ from fastpar.rules import (  # noqa: F401  (imported for their registrations)
     terms,
     views,
 )
-from fastpar.rules.table import Call, Decision, Pos, Rule, rule_for
+from fastpar.rules.table import Call, Decision, Pos, Rule, has_rule, rule_for
 
-__all__ = ["Call", "Decision", "Pos", "Rule", "rule_for"]
+__all__ = ["Call", "Decision", "Pos", "Rule", "has_rule", "rule_for"]

@@ -34,6 +34,7 @@ register(
         "aten::alias",
         "aten::bernoulli",
         "aten::clone",
+        "aten::complex",
         "aten::contiguous",
         "aten::copy",
         "aten::detach",

@@ -222,6 +222,11 @@ def rule_for(call: Call) -> Rule:
     return _DEFAULT
 
 
+def has_rule(call: Call) -> bool:
+    """False where nothing but the default rule, which wants everything whole, is there for the operator."""
+    return rule_for(call) is not _DEFAULT
+
+
 def known(name: str) -> bool:
     """True where an operator has an entry of its own."""
     return name in _TABLE

@@ -10,10 +10,12 @@ its place; the walk then goes over the new operators like over any others.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import getitem
 from typing import Any
 
 import torch
 from torch import fx
+from torch._decomp import decomposition_table
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
@@ -21,7 +23,7 @@ from fastpar.core.inherit import inherited
 from fastpar.core.layout import Dim, Layout
 from fastpar.core.mesh import Mesh
 from fastpar.ops.redistribute import redistribute
-from fastpar.rules import Call, rule_for
+from fastpar.rules import Call, has_rule, rule_for
 from fastpar.rules.spatial import CONVOLUTION, GroupNormRule, contracts, pad_arguments, padded
 from fastpar.sharding import expand_reduce, expand_resample, expand_rows, expand_spatial
 
@@ -31,8 +33,11 @@ aten = torch.ops.aten
 
 def expansion(call: Call, layouts: Sequence[Layout], mesh: Mesh) -> Written | None:
     """What to write instead of ``call`` when its operands come as ``layouts``; None: the operator itself."""
-    find = _TABLE.get(call.name)
-    return find(call, layouts, mesh) if find is not None and any(not x.is_whole for x in layouts) else None
+    if all(x.is_whole for x in layouts):
+        return None
+    if call.name in _TABLE:
+        return _TABLE[call.name](call, layouts, mesh)
+    return None if has_rule(call) else _as_torch_does(call)
 
 
 Key = tuple[Any, ...]
@@ -83,10 +88,26 @@ def _trace(call: Call, written: Written) -> fx.Graph:
         queue = iter(xs)
         given = [next(queue) if isinstance(x, fx.Node) and x in operands else x for x in leaves]
         args, kwargs = pytree.tree_unflatten(given, spec)
-        return written(*args, **kwargs)
+        found = written(*args, **kwargs)
+        return tuple(found) if isinstance(found, tuple) else found  # no type of torch's own, which would be a call
 
     with values[0].fake_mode:
         return make_fx(run)(*values).graph
+
+
+def _as_torch_does(call: Call) -> Written | None:
+    """Torch's own decomposition, where it leads to operators that have rules and writes into nothing."""
+    written: Written | None = decomposition_table.get(call.node.target)  # type: ignore[call-overload]
+    if written is None:
+        return None
+    try:
+        graph = _trace(call, written)
+    except Exception:  # it need not take all that the operator does; then this one stays whole, and the report says so
+        return None
+    calls = [Call.of(n) for n in graph.nodes if n.op == "call_function" and n.target is not getitem]
+    written_anew = {c.node.target for c in calls} & set(decomposition_table) - {call.node.target}
+    found = all(has_rule(c) or c.node.target in written_anew for c in calls)
+    return written if found and not any(c.node.target._schema.is_mutable for c in calls) else None  # type: ignore[union-attr]
 
 
 def _convolution(call: Call, layouts: Sequence[Layout], mesh: Mesh) -> Written | None:

@@ -58,27 +58,37 @@ def roll(call: Call, layouts: Sequence[Layout], mesh: Mesh) -> Written | None:
 def select(call: Call, layouts: Sequence[Layout], mesh: Mesh) -> Written | None:
     """One row that every rank needs: only that row travels.
 
-    Unless so many single rows of the value are taken (a loop over frames) that gathering it once is less.
+    Unless so many single rows of the value are taken (a loop over frames) that all of it travels once: every rank then
+    gets all rows for its part of a dimension in front (heads), in which such a loop is done side by side.
     """
     shape = call.shapes[0]
     d = call.arg(1, "dim") % len(shape)
-    if layouts[0].dims[d].is_whole:
-        return None
-    taken = sum(_selects(n, d) for n in call.operands[0].users)
-    if taken * mesh.size(mesh.ordered(layouts[0].dims[d].axes)) > shape[d]:
+    layout = layouts[0].summed()
+    if layout.dims[d].is_whole:
         return None
     index = call.arg(2, "index") % shape[d]
-    row = slice_dim(layouts[0].dims[d], index, index + 1, 1)
+    axes = mesh.ordered(layout.dims[d].axes)
+    if sum(_selects(n, d) for n in call.operands[0].users) * mesh.size(axes) > shape[d]:
+        beside = next((i for i in range(d) if layout.dims[i].is_whole and shape[i] > 1), None)
+        if beside is None:
+            return None
+        turned = layout.with_dim(d, Dim.whole(shape[d])).with_dim(beside, Dim.even(shape[beside], axes, mesh))
+
+        def written(x: torch.Tensor, dim: int, at: int) -> torch.Tensor:
+            return aten.select.int(redistribute(x, str(layouts[0]), str(turned)), d, index)
+
+        return written
+    row = slice_dim(layout.dims[d], index, index + 1, 1)
     if row is None:
         return None
-    cut = layouts[0].summed().with_dim(d, row)
+    cut = layout.with_dim(d, row)
 
-    def written(x: torch.Tensor, dim: int, at: int) -> torch.Tensor:
-        x = redistribute(x, str(layouts[0]), str(layouts[0].summed())) if layouts[0].partial else x
+    def single(x: torch.Tensor, dim: int, at: int) -> torch.Tensor:
+        x = redistribute(x, str(layouts[0]), str(layout)) if layouts[0].partial else x
         x = aten.slice.Tensor(x, d, index, index + 1)
         return aten.squeeze.dim(redistribute(x, str(cut), str(cut.with_dim(d, Dim.whole(1)))), d)
 
-    return written
+    return single
 
 
 def lookup(call: Call, layouts: Sequence[Layout], mesh: Mesh) -> Written | None:

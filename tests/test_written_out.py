@@ -1,0 +1,74 @@
+"""Operators without a function of ours are what torch says that they are made of; those on stacks keep them split."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastpar.run.build import build
+from tests.programs import traced
+from tests.prove import Way, prove
+from tests.test_index import attended, forced
+
+B, N, C = 2, 12, 8
+aten = torch.ops.aten
+
+
+def square(x: torch.Tensor) -> torch.Tensor:
+    """A matrix for every token, far from singular."""
+    return x.reshape(B, N, 2, 4)[..., :2] + 4 * torch.eye(2, dtype=x.dtype)
+
+
+OPERATORS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    # pointwise, but not by torch's tags
+    "hardswish": F.hardswish,
+    "glu": lambda x: F.glu(x, -1),
+    "prelu": lambda x: F.prelu(x, x[0, 0, :1]),
+    "logsigmoid": F.logsigmoid,
+    "floor_divide": lambda x: x // 0.3,
+    "complex": lambda x: torch.complex(x, x * 2).abs(),
+    # rows and columns of which some are hidden
+    "tril": lambda x: x.tril(-1),
+    "triu": lambda x: x.triu(2),
+    # norms with numbers from training
+    "batch_norm": lambda x: F.batch_norm(x.view(B * N, C), x[0, 0], x[0, 1] ** 2 + 1, x[0, 2], x[0, 3]).view(x.shape),
+    # stacks
+    "cross": lambda x: torch.cross(x[..., :3], x[..., 3:6], dim=-1),
+    "inverse": lambda x: torch.linalg.inv(square(x)).flatten(2),
+    "solve": lambda x: torch.linalg.solve(square(x), x[..., :2]),
+    "det": lambda x: torch.linalg.det(square(x))[..., None].expand(B, N, 4),
+    "qr": lambda x: torch.linalg.qr(square(x)).R.flatten(2),
+    "fft of channels": lambda x: torch.fft.fft(x.to(torch.complex128), dim=-1).abs(),
+    "fft of real channels": lambda x: torch.fft.irfft(torch.fft.rfft(x, dim=-1) * 2, dim=-1),
+    "cdist": lambda x: torch.cdist(x, torch.ones_like(x[:, :4])),
+    "searchsorted": lambda x: torch.searchsorted(x[0, 0].sort().values, x).to(x.dtype),
+}  # fmt: skip
+NEED_ALL: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], str]] = {
+    "solve one for all": (lambda x: torch.linalg.solve(square(x), x[0, :2, :3] * 0 + 1).flatten(2), "_linalg_solve_ex"),
+    "cdist of all pairs": (lambda x: torch.cdist(x, x), "_cdist_forward"),
+    "fft of rows": (lambda x: torch.fft.fft(x.to(torch.complex128), dim=1).abs(), "_fft_c2c"),
+}
+
+
+def proved(operator: Callable[[torch.Tensor], torch.Tensor]) -> list[str]:
+    torch.manual_seed(0)
+    x = torch.randn(B, N, C).double()
+    w = torch.randn(operator(x).shape[-1], C).double()
+    case = traced(lambda x, w: (operator(attended(x)) @ w,), [x, w])
+    prove(case, Way.of("ulysses=3", case.program))
+    return forced(build(case.program, "ulysses=3"))
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_rows_stay_split(name: str) -> None:
+    assert proved(OPERATORS[name]) == []
+
+
+@pytest.mark.parametrize("name", NEED_ALL)
+def test_rows_that_are_needed_by_all_are_reported(name: str) -> None:
+    operator, culprit = NEED_ALL[name]
+    found = proved(operator)
+    assert found and all(f.startswith(f"aten::{culprit}: ") for f in found)
