@@ -81,7 +81,7 @@ BLOCKS: dict[str, Block] = {}
 ENDS: dict[str, Block] = {}
 
 
-def _into(table: dict[str, Block], weight: int = 1, **options: Option) -> Callable[[Callable[..., None]], Any]:
+def into(table: dict[str, Block], weight: int = 1, **options: Option) -> Callable[[Callable[..., None]], Any]:
     def add(fn: Callable[..., None]) -> Callable[..., None]:
         table[fn.__name__] = Block(fn, options, weight)
         return fn
@@ -100,14 +100,14 @@ def _text_and_vector(s: State, embed: bool = False) -> None:
     s.vector = s.make.user(s.batch, s.channels)
 
 
-@_into(STARTS, weight=2, embed=NO_YES)
+@into(STARTS, weight=2, embed=NO_YES)
 def tokens(s: State, embed: bool = False) -> None:
     """Image tokens as the caller packed them, and a linear layer."""
     s.x = s.linear(s.make.user(s.batch, s.tokens, 6), s.channels)
     _text_and_vector(s, embed)
 
 
-@_into(STARTS, weight=2, kernel=(2, 1), pick=PICK, position=NO_YES)
+@into(STARTS, weight=2, kernel=(2, 1), pick=PICK, position=NO_YES)
 def patches(s: State, kernel: int = 2, pick: int = 0, position: bool = False) -> None:
     """[B, 3, H, W] through a patch embedding; H/k * W/k tokens, with position embeddings."""
     rows = picked(divisors(s.tokens), pick)
@@ -119,7 +119,7 @@ def patches(s: State, kernel: int = 2, pick: int = 0, position: bool = False) ->
     _text_and_vector(s)
 
 
-@_into(STARTS, pick=PICK)
+@into(STARTS, pick=PICK)
 def video(s: State, pick: int = 0) -> None:
     """[B, 3, F, H, 1] through a 3-D patch embedding."""
     frames = picked(divisors(s.tokens), pick)
@@ -129,7 +129,7 @@ def video(s: State, pick: int = 0) -> None:
     _text_and_vector(s)
 
 
-@_into(STARTS)
+@into(STARTS)
 def token_ids(s: State) -> None:
     """Tokens looked up in a table, and their positions computed in the graph."""
     x = F.embedding(s.make.index((s.batch, s.tokens), 11), s.make.weight(11, s.channels))
@@ -141,7 +141,7 @@ def token_ids(s: State) -> None:
 # -- ends -------------------------------------------------------------------------------------
 
 
-@_into(ENDS, weight=2, both=NO_YES)
+@into(ENDS, weight=2, both=NO_YES)
 def tokens_out(s: State, both: bool = False) -> None:
     """A last modulated norm and a linear layer; the text as a second output."""
     s.outputs.append(s.linear(s.norm(s.x) * (1 + s.vector[:, None]), 5))
@@ -149,7 +149,7 @@ def tokens_out(s: State, both: bool = False) -> None:
         s.outputs.append(s.norm(s.t))
 
 
-@_into(ENDS, weight=2, pick=PICK, patch=(2, 1))
+@into(ENDS, weight=2, pick=PICK, patch=(2, 1))
 def unpatchify(s: State, pick: int = 0, patch: int = 2) -> None:
     """[B, h*w, p*p*3] -> [B, 3, h*p, w*p]"""
     x = s.linear(s.norm(s.x), patch * patch * 3)
@@ -159,7 +159,7 @@ def unpatchify(s: State, pick: int = 0, patch: int = 2) -> None:
     s.outputs.append(x.reshape(s.batch, 3, x.shape[2] * patch, x.shape[4] * patch))
 
 
-@_into(ENDS)
+@into(ENDS)
 def pooled(s: State) -> None:
     """One vector per picture, and the tokens themselves."""
     s.outputs += [s.x.mean(1), s.linear(s.x, 3)]
@@ -168,7 +168,7 @@ def pooled(s: State) -> None:
 # -- per token --------------------------------------------------------------------------------
 
 
-@_into(BLOCKS, bias=NO_YES, merged=NO_YES)
+@into(BLOCKS, bias=NO_YES, merged=NO_YES)
 def feed_forward(s: State, bias: bool = False, merged: bool = False) -> None:
     """Up, activation, down; on [B, S, C] or on rows that are merged with the batch first."""
     b, n, c = s.x.shape
@@ -178,14 +178,14 @@ def feed_forward(s: State, bias: bool = False, merged: bool = False) -> None:
     s.x = s.x + x.reshape(b, n, c)
 
 
-@_into(BLOCKS)
+@into(BLOCKS)
 def gated(s: State) -> None:
     """SwiGLU: one product, cut along the channels."""
     a, b = s.linear(s.norm(s.x), 4 * s.channels).chunk(2, -1)
     s.x = s.x + s.linear(F.silu(a) * b, s.channels)
 
 
-@_into(BLOCKS, weight=2, per=("batch", "token", "rows", "both"))
+@into(BLOCKS, weight=2, per=("batch", "token", "rows", "both"))
 def modulate(s: State, per: str = "batch") -> None:
     """AdaLN: shift, scale and gate from the time; per picture, or per token (Wan 2.2's ti2v)."""
     b, n, c = s.x.shape
@@ -202,7 +202,7 @@ def modulate(s: State, per: str = "batch") -> None:
     s.t = s.t + 0.1 * s.linear(s.t, c)
 
 
-@_into(BLOCKS, kind=("layer", "rms", "l2", "group"))
+@into(BLOCKS, kind=("layer", "rms", "l2", "group"))
 def normalise(s: State, kind: str = "layer") -> None:
     b, n, c = s.x.shape
     if kind == "layer":
@@ -216,7 +216,7 @@ def normalise(s: State, kind: str = "layer") -> None:
         s.x = F.group_norm(s.x.transpose(1, 2), groups, s.make.weight(c), s.make.weight(c), eps=1e-3).transpose(1, 2)
 
 
-@_into(BLOCKS, kind=("chain", "where", "scalar", "range", "fill"))
+@into(BLOCKS, kind=("chain", "where", "scalar", "range", "fill"))
 def pointwise(s: State, kind: str = "chain") -> None:
     b, n, c = s.x.shape
     if kind == "chain":
@@ -281,7 +281,7 @@ BITS: Option = (8, 12, 13, 15, 4, 9, 10, 14, 0, 5)
 ROPES: Option = ("none", "half", "pairs", "complex")
 
 
-@_into(BLOCKS, weight=4, mask=MASKS, bits=BITS, drop=(0, 1, 2), rope=ROPES, fused=NO_YES)
+@into(BLOCKS, weight=4, mask=MASKS, bits=BITS, drop=(0, 1, 2), rope=ROPES, fused=NO_YES)
 def self_attention(
     s: State, mask: str = "none", bits: int = 8, drop: int = 0, rope: str = "none", fused: bool = False
 ) -> None:
@@ -297,7 +297,7 @@ def self_attention(
     s.x = s.x + s.linear(merge_heads(attend(q, k, v, m)), c)
 
 
-@_into(BLOCKS, weight=2, kv=("grouped", "one", "shared", "same"), causal=NO_YES, pick=PICK, scale=(None, 0.3))
+@into(BLOCKS, weight=2, kv=("grouped", "one", "shared", "same"), causal=NO_YES, pick=PICK, scale=(None, 0.3))
 def odd_heads(s: State, kv: str = "grouped", causal: bool = False, pick: int = 0, scale: float | None = None) -> None:
     """Grouped heads, one K/V head for all, K/V without a batch; some causal."""
     b, n, c = s.x.shape
@@ -312,7 +312,7 @@ def odd_heads(s: State, kv: str = "grouped", causal: bool = False, pick: int = 0
     s.x = s.x + s.linear(merge_heads(out), c)
 
 
-@_into(BLOCKS, merged=NO_YES, causal=NO_YES, mask=MASKS, bits=(3, 2, 7, 1))
+@into(BLOCKS, merged=NO_YES, causal=NO_YES, mask=MASKS, bits=(3, 2, 7, 1))
 def flat_attention(s: State, merged: bool = False, causal: bool = False, mask: str = "none", bits: int = 3) -> None:
     """q, k and v with three dimensions: one head, or heads merged with the batch."""
     b, n, c = s.x.shape
@@ -329,7 +329,7 @@ def flat_attention(s: State, merged: bool = False, causal: bool = False, mask: s
     s.x = s.x + s.linear(out, c)
 
 
-@_into(BLOCKS, weight=4, text_first=(True, False), cut=("exact", "across", "stride", "joint"), pick=PICK, mask=MASKS,
+@into(BLOCKS, weight=4, text_first=(True, False), cut=("exact", "across", "stride", "joint"), pick=PICK, mask=MASKS,
        bits=BITS, rope=ROPES, separate=NO_YES)  # fmt: skip
 def joint_attention(
     s: State, text_first: bool = True, cut: str = "exact", pick: int = 0, mask: str = "none", bits: int = 8,
@@ -367,7 +367,7 @@ def joint_attention(
     s.t = s.t + s.linear(text, c)
 
 
-@_into(BLOCKS, weight=2, mask=MASKS, bits=BITS, pooled=NO_YES)
+@into(BLOCKS, weight=2, mask=MASKS, bits=BITS, pooled=NO_YES)
 def cross_attention(s: State, mask: str = "none", bits: int = 8, pooled: bool = False) -> None:
     """Image rows against whole text keys; the text may have been pooled from the image before."""
     b, n, c = s.x.shape
@@ -378,7 +378,7 @@ def cross_attention(s: State, mask: str = "none", bits: int = 8, pooled: bool = 
     s.x = s.x + s.linear(merge_heads(attend(q, k, v, m)), c)
 
 
-@_into(BLOCKS)
+@into(BLOCKS)
 def text_attention(s: State) -> None:
     """The text reads the image (cross attention the other way), whole queries against split keys."""
     q = s.split_heads(s.linear(s.norm(s.t), s.channels))
@@ -387,7 +387,7 @@ def text_attention(s: State) -> None:
     s.x = s.x * (1 + 0.1 * s.t.mean(1, keepdim=True))
 
 
-@_into(BLOCKS, weight=2, pick=PICK, how=("merged", "five", "space", "time"))
+@into(BLOCKS, weight=2, pick=PICK, how=("merged", "five", "space", "time"))
 def factorised(s: State, pick: int = 0, how: str = "merged") -> None:
     """[B, F, S, C]: attention over space, then over time (Latte, video U-Nets)."""
     b, n, c = s.x.shape
@@ -407,7 +407,7 @@ def factorised(s: State, pick: int = 0, how: str = "merged") -> None:
     s.x = s.x + x.reshape(b, n, c)
 
 
-@_into(BLOCKS, weight=2, how=("matmul", "bmm", "baddbmm", "columns", "capped"),
+@into(BLOCKS, weight=2, how=("matmul", "bmm", "baddbmm", "columns", "capped"),
        mask=("none", "bias", "hidden", "padding", "temperature"))
 def decomposed(s: State, how: str = "matmul", mask: str = "none") -> None:
     """Scores, softmax and product written out. Where the scores are capped, they are no attention."""
@@ -435,7 +435,7 @@ def decomposed(s: State, how: str = "matmul", mask: str = "none") -> None:
     s.x = s.x + s.linear(merge_heads(out.reshape(b, s.heads, n, s.width)), c)
 
 
-@_into(BLOCKS, weight=2, normalised=NO_YES)
+@into(BLOCKS, weight=2, normalised=NO_YES)
 def linear_attention(s: State, normalised: bool = False) -> None:
     """K^T V first (Sana): a sum over all tokens."""
     b, n, c = s.x.shape
@@ -449,172 +449,10 @@ def linear_attention(s: State, normalised: bool = False) -> None:
     s.x = s.x + s.linear(merge_heads(out), c)
 
 
-@_into(BLOCKS)
+@into(BLOCKS)
 def guidance(s: State) -> None:
     """The batch doubled, one attention over both, and the two halves combined."""
     x = torch.cat([s.x, s.x * s.make.weight(s.channels)], 0)
     q, k, v = (s.split_heads(s.linear(s.norm(x), s.channels)) for _ in range(3))
     a, b = merge_heads(attend(q, k, v)).chunk(2)
     s.x = s.x + a + 1.5 * (b - a)
-
-
-# -- along the tokens -------------------------------------------------------------------------
-
-
-@_into(BLOCKS, weight=2, how=("mean", "sum", "amax", "all", "frames", "softmax", "var", "amin"), pick=PICK)
-def reduce_tokens(s: State, how: str = "mean", pick: int = 0) -> None:
-    """Something over all tokens, fed back by broadcast (squeeze and excite, global context)."""
-    b, n, c = s.x.shape
-    if how == "mean":
-        r = s.linear(s.x.mean(1), c).sigmoid()[:, None]
-    elif how == "sum":
-        r = torch.tanh(s.x.sum(1, keepdim=True) / n)
-    elif how in ("amax", "amin"):
-        r = torch.tanh((s.x.amax if how == "amax" else s.x.amin)(1, keepdim=True))
-    elif how == "all":
-        r = s.x.abs().mean() + s.x.mean((1, 2), keepdim=True)
-    elif how == "frames":
-        f = picked(divisors(n), pick)
-        r = s.x.view(b, f, n // f, c).mean(2, keepdim=True).expand(b, f, n // f, c).reshape(b, n, c)
-    elif how == "softmax":
-        r = (s.linear(s.x, 1).softmax(1) * s.x).sum(1, keepdim=True)
-    else:
-        r = s.x.var(1, keepdim=True, correction=0)
-    s.x = s.x + 0.5 * r
-
-
-@_into(BLOCKS, how=("cumsum", "both", "logcumsumexp"))
-def scan(s: State, how: str = "cumsum") -> None:
-    """Along the tokens, forward or both ways (state space layers)."""
-    n = s.x.shape[1]
-    if how == "logcumsumexp":
-        s.x = s.x + 0.1 * torch.logcumsumexp(s.x, 1)
-        return
-    total = s.x.cumsum(1)
-    if how == "both":
-        total = total + s.x.flip(1).cumsum(1).flip(1)
-    s.x = s.x + total / n
-
-
-@_into(BLOCKS, weight=2, how=("tile", "interleave", "expand", "tile_cut", "interleave_cut"), pick=PICK,
-       attention=NO_YES)  # fmt: skip
-def repeated(s: State, how: str = "tile", pick: int = 0, attention: bool = False) -> None:
-    """Copies of the tokens as a product of dimensions, cut or averaged again."""
-    b, n, c = s.x.shape
-    r = 2 + pick % 2
-    if how.startswith("tile"):
-        y = s.x.repeat(1, r, 1)
-    elif how.startswith("interleave"):
-        y = s.x[:, :, None].expand(b, n, r, c).reshape(b, n * r, c)
-    else:
-        y = s.x[:, None].expand(b, r, n, c).reshape(b, r * n, c)
-    y = s.linear(y + s.make.user(r * n, c), c)
-    if attention:
-        q, k, v = (s.split_heads(s.linear(y, c)) for _ in range(3))
-        y = y + merge_heads(attend(q, k, v))
-    if how.endswith("cut"):
-        at = pick % (r * n - n + 1)
-        s.x = s.x + y[:, at : at + n]
-    elif how == "interleave":
-        s.x = s.x + y.view(b, n, r, c).mean(2)
-    else:
-        s.x = s.x + y.view(b, r, n, c).sum(1)
-
-
-@_into(BLOCKS, pick=PICK, mix=("rows", "columns", "frames"))
-def merge_tokens(s: State, pick: int = 0, mix: str = "rows") -> None:
-    """Several tokens as one row of more channels, mixed, and back (pixel unshuffle, token merging)."""
-    b, n, c = s.x.shape
-    k = picked(divisors(n), pick + 1)
-    if mix == "rows":
-        s.x = s.x + s.linear(s.x.reshape(b, n // k, k * c), k * c).reshape(b, n, c)
-    elif mix == "columns":
-        y = s.x.view(b, k, n // k, c).permute(0, 2, 1, 3).reshape(b, n // k, k * c)
-        s.x = s.x + s.linear(y, k * c).view(b, n // k, k, c).permute(0, 2, 1, 3).reshape(b, n, c)
-    else:
-        y = s.x.view(b, k, n // k, c).permute(1, 0, 2, 3).reshape(k * b * (n // k), c)
-        s.x = s.x + s.linear(y, c).view(k, b, n // k, c).permute(1, 0, 2, 3).reshape(b, n, c)
-
-
-@_into(BLOCKS, how=("rows", "select", "gather", "order", "put", "masked"))
-def lookup(s: State, how: str = "rows") -> None:
-    """Rows by index: of a table, of the tokens themselves, written into them."""
-    b, n, c = s.x.shape
-    if how == "rows":
-        s.x = s.x + s.make.weight(9, c)[s.make.index((n,), 9)]
-    elif how == "select":
-        s.x = s.x + s.x.index_select(1, s.make.index((n,), n))
-    elif how == "gather":
-        s.x = s.x + s.x.gather(1, s.make.index((b, n, 1), n).expand(b, n, c))
-    elif how == "order":
-        s.x = s.x[:, torch.arange(n - 1, -1, -1)] * 0.5 + s.x
-    elif how == "masked":
-        s.x = torch.ops.aten.index_put(s.x, [s.make.flags(b, n)], s.make.user(c))
-    else:
-        s.x = torch.ops.aten.index_put(s.x, [None, s.make.index((1,), n)], s.make.user(b, 1, c))
-
-
-@_into(BLOCKS, how=("first", "replace", "drop", "stride", "roll", "pad", "swap", "every"), pick=PICK)
-def move_tokens(s: State, how: str = "first", pick: int = 0) -> None:
-    """Rows taken out, put back, dropped, shifted."""
-    b, n, c = s.x.shape
-    at = pick % n
-    if how == "first":
-        s.x = s.x + s.x[:, at][:, None]
-    elif how == "replace":  # as in-place writes come out of functionalisation
-        s.x = torch.slice_scatter(s.x, s.make.user(b, n - at, c), 1, at, n)
-    elif how == "drop":
-        s.x = s.x[:, at:]
-    elif how == "stride":
-        s.x = s.x[:, at % 2 :: 2] if n > 1 else s.x
-    elif how == "roll":
-        s.x = s.x + s.x.roll(at, 1)
-    elif how == "pad":
-        s.x = s.x + F.pad(s.x, (0, 0, 1, 2))[:, 2 : 2 + n]
-    elif how == "swap":
-        s.x = torch.cat([s.x[:, at:], s.x[:, :at]], 1)
-    else:
-        a, b_ = s.x[:, 0::2], s.x[:, 1::2]
-        s.x = torch.cat([b_, a, s.linear(b_, c)], 1)
-
-
-@_into(BLOCKS, pick=PICK, how=("depthwise", "full", "line", "pool", "up", "down", "transposed", "wide",
-                                   "largest", "mirrored", "between", "averages"))
-def spatial(s: State, pick: int = 0, how: str = "depthwise") -> None:
-    """The tokens as a picture [B, C, h, w], through a window, and back."""
-    b, n, c = s.x.shape
-    h = picked(divisors(n), pick)
-    x = s.x.transpose(1, 2)
-    if how == "line":
-        y = F.conv1d(x, s.make.weight(c, c, 3), padding=1)
-    else:
-        x = x.reshape(b, c, h, n // h)
-        if how == "depthwise":
-            y = F.conv2d(x, s.make.weight(c, 1, 3, 3), s.make.weight(c), padding=1, groups=c)
-        elif how == "full":
-            y = F.conv2d(x, s.make.weight(c, c, 3, 3), padding=1)
-        elif how == "wide":
-            y = F.conv2d(x, s.make.weight(c, c, 5, 1), s.make.weight(c), padding=(4, 0), dilation=(2, 1))
-        elif how == "pool":
-            y = F.avg_pool2d(x, 3, stride=1, padding=1)
-        elif how == "largest":
-            y = F.max_pool2d(x, 3, 1, 1)
-        elif how == "mirrored":
-            y = F.pad(x, (0, 0, 1, 1), mode="reflect" if h > 1 else "replicate")
-            y = F.conv2d(y, s.make.weight(c, 1, 3, 1), groups=c)
-        elif how == "between":
-            y = torch.ops.fastpar.resample(x, [2 * h + 1, n // h], None, "bilinear", False, False)
-            y = torch.ops.fastpar.resample(y, [h, n // h], None, "bicubic", True, False)
-        elif how == "averages":
-            y = F.avg_pool2d(x, (2, 1), (2, 1), ceil_mode=True)
-            y = F.adaptive_avg_pool2d(y, (h, n // h))
-        elif how == "down":
-            y = F.conv2d(x, s.make.weight(c, c, 3, 3), s.make.weight(c), stride=2, padding=1)
-            y = torch.ops.fastpar.resample(y, [h, n // h], None, "nearest", None, False)
-        elif how == "transposed":
-            y = F.conv_transpose2d(x, s.make.weight(c, c, 2, 2), stride=2).view(b, c, h, 2, n // h, 2).amax((3, 5))
-        else:
-            y = torch.ops.fastpar.resample(x, [2 * h, 2 * (n // h)], None, "nearest", None, False)
-            y = y.view(b, c, h, 2, n // h, 2).mean((3, 5))
-        y = y.flatten(2)
-    s.x = s.x + y.transpose(1, 2)

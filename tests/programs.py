@@ -4,7 +4,7 @@ A ``Recipe`` is plain data: sizes, a start, and a list of blocks with their opti
 draws and shrinks it, its ``repr`` is Python, and ``build`` makes of it a captured ``Program``
 with arguments and eager's outputs. So a failure is one line that can be pasted into a test.
 
-The blocks are ordinary torch functions (``tests/blocks.py``); any sequence of them is valid,
+The blocks are ordinary torch functions (``tests/blocks.py``, ``blocks_tokens.py``); any sequence of them is valid,
 because each takes image tokens ``[B, S, C]`` and text tokens ``[B, T, C]`` and leaves such.
 Sizes favour what is hard to cut: primes, one token, fewer tokens than ranks.
 """
@@ -25,7 +25,8 @@ from fastpar.graph.decompose import TABLE
 from fastpar.graph.program import Input, Kind, Program
 from fastpar.graph.scores import replace_written
 from fastpar.graph.tidy import tidy
-from tests.blocks import BLOCKS, ENDS, STARTS, Option, State
+from tests.blocks import ENDS, STARTS, Option, State
+from tests.blocks_tokens import BLOCKS
 
 Step = tuple[str, Mapping[str, Any]]
 

@@ -92,7 +92,7 @@ def step(then: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor
 
 
 def forced(built: Built) -> list[str]:
-    return [f"{f.operator}: {f.reason}" for f in built.lowered.gm.meta.get("fallbacks", [])]
+    return [f"{f.operator}: {f.reason}" for f in built.lowered.gm.meta.get("fallbacks", []) if f.kind == "gather"]
 
 
 aten = torch.ops.aten

@@ -8,6 +8,7 @@ forward, what rows come from where backward, and that arguments need no localisi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -64,6 +65,8 @@ class FactorRule(Rule):
         if all(x.is_whole for x in layouts):
             return Decision(layouts, tuple(Layout.whole(s) for s in call.results))
         chosen, reasons = self._choose(call, spec, layouts, mesh)
+        turned = {} if call.tail else self._turned(call, spec, layouts, mesh, chosen, reasons)
+        chosen.update(turned)
         inputs, gathers = [], []
         for i, names in enumerate(spec.operands):
             dims = tuple(
@@ -73,7 +76,7 @@ class FactorRule(Rule):
             inputs.append(Layout(dims))
             for n, have, want in zip(names, layouts[i].dims, dims, strict=True):
                 if n in reasons and not have.is_whole and have != want:
-                    gathers.append(Gather(i, reasons[n]))
+                    gathers.append(Gather(i, reasons[n], "realign" if turned.keys() & set(names) else "gather"))
         over: dict[str, set[str]] = {}
         for name, op in spec.reduced.items():
             dim = chosen.get(name)
@@ -130,6 +133,43 @@ class FactorRule(Rule):
                         del chosen[other]
                         reasons[other] = "two dimensions of one operator are split over the same mesh axis"
         return chosen, reasons
+
+    def _turned(
+        self,
+        call: Call,
+        spec: Factors,
+        layouts: tuple[Layout, ...],
+        mesh: Mesh,
+        chosen: Mapping[str, Dim],
+        reasons: Mapping[str | None, str],
+    ) -> dict[str, Dim]:
+        """Factors to split in the place of those that have to be whole: all of a transform's rows, some channels each.
+
+        Where an operand is turned so and its results may be turned back for fewer bytes than all ranks would get of
+        it. The factor has to be in all results, and in all operands whose rows are gathered otherwise.
+        """
+        turned: dict[str, Dim] = {}
+        for name in (n for n in spec.whole if n in reasons):
+            split = [i for i, names in enumerate(spec.operands)
+                     if name in names and not layouts[i].dims[names.index(name)].is_whole]  # fmt: skip
+            if not split:
+                continue
+            held = frozenset(x for i in split for x in layouts[i].dims[spec.operands[i].index(name)].axes)
+            axes, moved = mesh.ordered(held), sum(call.bytes(i) for i in split)
+            back = call.itemsizes[split[0]] * sum(map(math.prod, call.used()))
+            taken = any(held & dim.axes for dim in (*chosen.values(), *turned.values()))
+            if taken or moved + back >= mesh.size(axes) * moved:
+                continue
+            operands = [spec.operands[i] for i in split]
+            everywhere = set.intersection(*map(set, (*spec.results, *operands)))
+            everywhere -= {None, *spec.whole, *spec.reduced, *chosen, *turned}
+            sizes = dict(zip(spec.operands[split[0]], call.shapes[split[0]], strict=True))
+            n = mesh.size(axes)
+            free = [f for f in everywhere if sizes[f] >= n]
+            if free:
+                best = min(free, key=lambda f: (sizes[f] % n > 0, -sizes[f], f))
+                turned[str(best)] = Dim.even(sizes[best], axes, mesh)
+        return turned
 
 
 def _one_block(spec: Factors, layouts: tuple[Layout, ...], names: tuple[str, str]) -> bool:

@@ -122,6 +122,11 @@ class Call:
             return self.args[index]
         return self.kwargs.get(name, default)
 
+    def used(self) -> tuple[tuple[int, ...], ...]:
+        """Global shapes of those results that something reads."""
+        taken = {user.args[1] for user in self.node.users if getattr(user.target, "__name__", "") == "getitem"}
+        return tuple(s for i, s in enumerate(self.results) if i in taken) if taken else self.results
+
     def bytes(self, operand: int) -> int:
         return math.prod(self.shapes[operand]) * self.itemsizes[operand]
 
