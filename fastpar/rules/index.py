@@ -101,7 +101,8 @@ def _index_put(call: Call) -> Factors:
     x, names, selected, sizes = _indexed(call)
     shift = len(selected) - len(values)
     given = tuple(n if s == size else None for n, s, size in zip(selected[shift:], values, sizes[shift:], strict=True))
-    return Factors((x, *names, given), (x,), whole={n: _ANY_PLACE for n in selected if n and n[0] == "i"})
+    places = {n: _ANY_PLACE for n in selected if n is not None and n[0] == "i"}
+    return Factors((x, *names, given), (x,), whole=places)
 
 
 def _masked_put(call: Call) -> Factors:
@@ -118,8 +119,8 @@ def _masked_put(call: Call) -> Factors:
         if all(s == 1 for s in values[: len(values) - min(behind, len(values))]):
             return Factors((x, x[at : at + len(call.shapes[1])], tuple(given)), (x,))
     every = tuple(tuple(f"m{i}.{k}" for k in range(len(s))) for i, s in enumerate(call.shapes[1:]))
-    names = {n: _COUNTED for n in (*x, *(n for operand in every for n in operand))}
-    return Factors((x, *every), (x,), whole=names)
+    counted = {n: _COUNTED for names in (x, *every) for n in names if n is not None}
+    return Factors((x, *every), (x,), whole=counted)
 
 
 def _index_copy(call: Call) -> Factors:
