@@ -25,13 +25,14 @@ class Factors:
     """Factor of each dimension: None is a dimension of one row that broadcasts.
 
     ``reduced`` maps a factor to its reduction (sum, max, min); ``whole`` maps a factor
-    that cannot be split to the reason.
+    that cannot be split to the reason. ``turns`` is whether another may be split in its place.
     """
 
     operands: tuple[Names, ...]
     results: tuple[Names, ...]
     reduced: Mapping[str, str] = field(default_factory=dict)
     whole: Mapping[str, str] = field(default_factory=dict)
+    turns: bool = True
 
 
 class FactorRule(Rule):
@@ -65,7 +66,7 @@ class FactorRule(Rule):
         if all(x.is_whole for x in layouts):
             return Decision(layouts, tuple(Layout.whole(s) for s in call.results))
         chosen, reasons = self._choose(call, spec, layouts, mesh)
-        turned = {} if call.tail else self._turned(call, spec, layouts, mesh, chosen, reasons)
+        turned = {} if call.tail or not spec.turns else self._turned(call, spec, layouts, mesh, chosen, reasons)
         chosen.update(turned)
         inputs, gathers = [], []
         for i, names in enumerate(spec.operands):

@@ -383,7 +383,8 @@ def _dims_whole(reason: str, argument: int, name: str) -> FactorRule:
         kept = names if len(call.shape) == len(shape) else tuple(
             n for i, n in enumerate(names) if i not in dims
         )
-        return Factors((names,), (kept,) * len(call.results), whole={names[d]: reason for d in dims})
+        whole = {names[d]: reason for d in dims}
+        return Factors((names,), (kept,) * len(call.results), whole=whole, turns=False)  # see sharding/expand_rows.py
 
     return FactorRule(factors)
 

@@ -27,6 +27,10 @@ def fp8(words: str) -> tuple[str, ...]:
     return ("tests/test_fp8.py", "-k", words)
 
 
+def index(words: str) -> tuple[str, ...]:
+    return ("tests/test_index.py", "-k", words)
+
+
 MUTANTS = (
     # -- which rows a rank has
     Mutant(
@@ -454,5 +458,40 @@ MUTANTS = (
     Mutant(
         "fp8: numbers are made before they are needed", "passes/quantize.py", "self._apply(x, users, back,",
         "self._apply(x, [x] if x in self.bytes else users, back,", fp8("golden"),
+    ),
+    # -- rows by index, and what is written out
+    Mutant(
+        "held rows: digits of a merged dimension are not weighed", "fastpar/ops/held.py",
+        "place * before + among", "place + among", index("add_up"),
+    ),
+    Mutant(
+        "held rows: a row that does not exist is read as zeros", "fastpar/ops/held.py",
+        "place, count + 1)", "place, count)", index("does_not_exist"),
+    ),
+    Mutant(
+        "an index reads a small table as often as it is asked to", "fastpar/rules/index.py",
+        ">= call.bytes(0):", ">= 2**62:", index("few_rows"),
+    ),
+    Mutant(
+        "a reduce-scatter counts as an all-reduce", "fastpar/core/transfer.py",
+        "*(by_terms or (src, dst))", "*(src, dst)", index("one_exchange"),
+    ),
+    Mutant(
+        "values are turned where gathering them is less", "fastpar/rules/factor.py",
+        "if taken or moved + back >= mesh.size(axes) * moved:", "if taken:",
+        ("tests/test_written_out.py", "-k", "two_ranks"),
+    ),
+    Mutant(
+        "a loop over rows gathers them", "fastpar/sharding/expand_rows.py",
+        "if beside is None:", "if True:", ("tests/test_written_out.py", "-k", "one_after or channels"),
+    ),
+    Mutant(
+        "operators without a rule are not written out", "fastpar/sharding/expand.py",
+        "return None if has_rule(call) else _as_torch_does(call)", "return None",
+        ("tests/test_written_out.py", "-k", "hardswish"),
+    ),
+    Mutant(
+        "blocks: a single query is taken to have the mask's row", "fastpar/sharding/blockwise.py",
+        "lost = self.to(lost, ", "self.to(lost, ", ("tests/test_ring.py", "-k", "single_query"),
     ),
 )  # fmt: skip
