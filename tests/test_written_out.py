@@ -50,7 +50,14 @@ OPERATORS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "tril": lambda x: x.tril(-1),
     "triu": lambda x: x.triu(2),
     # norms with numbers from training
-    "batch_norm": lambda x: F.batch_norm(x.view(B * N, C), x[0, 0], x[0, 1] ** 2 + 1, x[0, 2], x[0, 3]).view(x.shape),
+    "batch norm": lambda x: F.batch_norm(x.view(B * N, C), *(x[0, i] ** 2 + 1 for i in range(4))).view(x.shape),
+    "batch norm of pictures": lambda x: aten._native_batch_norm_legit_no_training(
+        x.view(B, 3, 4, C), *(x[0, i, :3] ** 2 + 1 for i in range(4)), 0.1, 1e-5)[0].view(x.shape),
+    # the first of the largest
+    "argmax": lambda x: (x * 2).round().argmax(1, keepdim=True) + x,
+    "argmin of ends": lambda x: x * (x * 2).round().argmin(1)[:, None],
+    "max": lambda x: x + sum((x * 2).round().max(1, keepdim=True)),
+    "min": lambda x: torch.cat([y[:, None] for y in (x * 2).round().min(1)] + [x], 1),
     # stacks
     "cross": lambda x: torch.cross(x[..., :3], x[..., 3:6], dim=-1),
     "inverse": lambda x: torch.linalg.inv(square(x)).flatten(2),

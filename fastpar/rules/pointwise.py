@@ -64,6 +64,16 @@ register(
 )
 
 
+def _batch_norm(call: Call) -> Factors:
+    """(x [n, c, ...], weight?, bias?, mean, var) -> x scaled and shifted, and what training would save: nothing"""
+    names = tuple(f"d{i}" for i in range(len(call.shape)))
+    saved = tuple(tuple(f"saved{k}" for _ in s) for k, s in enumerate(call.results[1:]))
+    return Factors((names, *[("d1",)] * (len(call.shapes) - 1)), (names, *saved))
+
+
+register(["aten::_native_batch_norm_legit_no_training", "aten::_batch_norm_no_update"], FactorRule(_batch_norm))
+
+
 def _as_real(call: Call) -> Factors:
     names = aligned(call.shapes[0], call.shapes[0])
     return Factors((names,), ((*names, "pair"),))

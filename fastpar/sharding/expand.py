@@ -104,10 +104,15 @@ def _as_torch_does(call: Call) -> Written | None:
         graph = _trace(call, written)
     except Exception:  # it need not take all that the operator does; then this one stays whole, and the report says so
         return None
-    calls = [Call.of(n) for n in graph.nodes if n.op == "call_function" and n.target is not getitem]
-    written_anew = {c.node.target for c in calls} & set(decomposition_table) - {call.node.target}
-    found = all(has_rule(c) or c.node.target in written_anew for c in calls)
-    return written if found and not any(c.node.target._schema.is_mutable for c in calls) else None  # type: ignore[union-attr]
+    inside = [Call.of(n) for n in graph.nodes if n.op == "call_function" and n.target is not getitem]
+    if any(c.node.target is call.node.target for c in inside):
+        return None
+    return written if all(_has_functional_rule(c) or _as_torch_does(c) is not None for c in inside) else None
+
+
+def _has_functional_rule(call: Call) -> bool:
+    schema = getattr(call.node.target, "_schema", None)
+    return has_rule(call) and schema is not None and not schema.is_mutable
 
 
 def _convolution(call: Call, layouts: Sequence[Layout], mesh: Mesh) -> Written | None:

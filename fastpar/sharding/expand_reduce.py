@@ -161,6 +161,30 @@ def truth(call: Call, layouts: Sequence[Layout], mesh: Mesh) -> Written | None:
     return written
 
 
+def first_extreme(call: Call, layouts: Sequence[Layout], mesh: Mesh) -> Written | None:
+    """argmax, argmin, and max and min along a dimension: the extreme of all ranks, and the first row that has it."""
+    given = call.arg(1, "dim", None)
+    if not isinstance(given, int) or isinstance(given, bool) or not call.shapes[0]:
+        return None
+    d = given % len(call.shapes[0])
+    if not _split(call, layouts, [d]):
+        return None
+    rows = call.shapes[0][d]
+    reduce = aten.amax.default if "max" in call.name else aten.amin.default
+
+    def written(x: torch.Tensor, dim: int, keepdim: bool = False) -> Any:
+        top = reduce(x, [d], True)
+        here = x == top
+        if x.is_floating_point():
+            here = here | aten.isnan.default(x)  # the extreme of a row with NaN is the first of them
+        shape = [rows if i == d else 1 for i in range(x.dim())]
+        number = torch.arange(rows, device=x.device).view(shape)
+        at = aten.amin.default(torch.where(here, number, rows), [d], keepdim)
+        return at if "arg" in call.name else (top if keepdim else aten.squeeze.dim(top, d), at)
+
+    return written
+
+
 def cumsum(call: Call, layouts: Sequence[Layout], mesh: Mesh) -> Written | None:
     """Running sums of each rank's own rows, and what came before them: one row per rank travels."""
     d = call.arg(1, "dim") % max(1, len(call.shape))
@@ -193,4 +217,5 @@ TABLE: dict[str, Callable[[Call, Sequence[Layout], Mesh], Written | None]] = {
     "aten::cumsum": cumsum,
     "aten::native_layer_norm": layer_norm,
     **dict.fromkeys(["aten::any", "aten::all"], truth),
+    **dict.fromkeys(["aten::argmax", "aten::argmin", "aten::max", "aten::min"], first_extreme),
 }
