@@ -79,6 +79,24 @@ def test_what_a_view_needs_whole_goes_to_the_output_in_one_gather() -> None:
     assert sum(c.count for c in report.collectives) == report.collectives_formula
 
 
+def test_halos_and_sums_of_rows() -> None:
+    """Each boundary between two ranks is crossed by k - s rows of a convolution, of three taps one up and one down."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(4, 4, 3, padding=1), torch.nn.GroupNorm(2, 4), torch.nn.Conv2d(4, 4, 3, padding=1)
+    ).double()
+    captured = fastpar.capture(model.eval(), (torch.randn(1, 4, 8, 6).double(),))
+    row, sums, output = 4 * 6 * 8, 2 * 8, 4 * 8 * 6 * 8  # bytes: a row, the sums of two groups, the picture
+    for n in (2, 4):
+        report = fastpar.explain(captured, plan=f"ulysses={n}")
+        crossing = 2 * 2 * row  # of two convolutions
+        mean = (crossing + 2 * 2 * sums + output) * (n - 1) / n
+        assert report.bytes_formula == mean
+        assert report.bytes_per_rank == mean + (crossing / n if n > 2 else 0)  # a rank with two neighbours
+        assert sum(c.count for c in report.collectives) == report.collectives_formula == 5
+        assert "halos R/t" in report.formula and "sums over ranks 2*S*(t - 1)/t" in report.formula
+
+
 def test_links_of_a_topology() -> None:
     """Heads across machines, a ring inside: the network carries the torus, its own links all of it."""
     report = fastpar.explain(attention(24, 96, 2), plan="torus=4,ring=8", topology="a100-4x8")

@@ -1,7 +1,8 @@
 """Closed forms of a plan's communication, to hold what a program sends against: bytes, links and collectives.
 
-The forms stand in ``cost``. Where N does not divide the rows, the busiest rank sends more than the mean that the forms
-give. Halos of convolutions and sums over ranks are not part of them.
+The forms stand in ``cost``. They give the mean of all ranks: where N does not divide the rows, and between neighbours
+(of which the first and the last rank have one), the busiest rank sends more. Rows that are moved for other reasons,
+such as a view that needs other parts, are not part of them.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from operator import getitem
 
 import numpy as np
 import torch
@@ -19,7 +21,9 @@ from fastpar.core.layout import Layout
 from fastpar.core.mesh import Mesh
 from fastpar.core.plan import Plan
 from fastpar.graph.program import Program
+from fastpar.ops.collectives import COLLECTIVES, all_reduce
 from fastpar.ops.ring import attention_lse
+from fastpar.ops.terms import terms
 from fastpar.plan import cost
 from fastpar.plan.expand import axis_of
 
@@ -81,6 +85,8 @@ def volume(sharded: Program, plan: Plan, mesh: Mesh) -> Volume:
     out = Volume(_form(plan))
     kinds: Counter[tuple[tuple[str, int], ...]] = Counter()
     levels = set()  # products whose columns are shared out and gathered together
+    exchanges: set[fx.Node] = set()  # of halos and sums
+    names: list[str] = []
     for node in sharded.graph.nodes:
         if n > 1 and node.meta.get("split_keys") and node.target in _ATTENTION:
             values, itemsize = _symbols(node, plan, mesh, deal)
@@ -107,7 +113,15 @@ def volume(sharded: Program, plan: Plan, mesh: Mesh) -> Volume:
             sent = cost.elements("outputs", E=size, N=mesh.size(axes)) * value.element_size()
             out.flows.append(Flow(sent / deal, axes))
             levels.add((level, axes, bool(node.meta.get("hoisted"))))
-    out.collectives += len(levels)
+        elif further := _further(node, mesh):
+            name, symbols, axes = further
+            size = node.meta["val"].element_size() if isinstance(node.meta["val"], torch.Tensor) else 0
+            kinds[(*symbols.items(), ("itemsize", size))] += 1
+            out.flows.append(Flow(cost.elements(name, **symbols) * size / deal, axes))
+            names.append(name)
+            exchanges.add(node.args[0])
+    out.collectives += len(levels) + len(exchanges)
+    out.text += "".join(f", plus {name} {cost.text(name)}" for name in dict.fromkeys(names))
     rows = tuple(a for a in mesh.names if a not in (dealt, "tp"))
     for node in set(sharded.graph.output_node().all_input_nodes):
         value = node.meta["val"]
@@ -132,6 +146,28 @@ def _sums_cut(node: fx.Node) -> bool:
     if not isinstance(here, Layout) or "tp" not in here.partial_axes:
         return False
     return not any(isinstance(x, Layout) and "tp" in x.partial_axes for x in before)
+
+
+def _further(node: fx.Node, mesh: Mesh) -> tuple[str, dict[str, int], tuple[str, ...]] | None:
+    """(entry of ``cost.ELEMENTS``, its symbols, axes) for what an exchange gives: a sum over rows, or windows."""
+    if node.target is not getitem or node.args[0].target not in COLLECTIVES:  # type: ignore[union-attr]
+        return None
+    source: fx.Node = node.args[0]  # type: ignore[assignment]
+    x: fx.Node = source.args[0][node.args[1]]  # type: ignore[index,assignment]
+    layout: Layout = node.meta["layout"]
+    size = node.meta["val"].numel()
+    if source.target is all_reduce:
+        axes = tuple(str(source.args[2]).split("."))
+        local = size // mesh.size(mesh.ordered(layout.split_axes))
+        return None if axes == ("tp",) else ("sums over ranks", dict(S=local, t=mesh.size(axes)), axes)
+    if x.target is terms:
+        axes = mesh.ordered(x.meta["layout"].dims[0].axes)
+        return "sums of which ranks keep rows", dict(S=size // mesh.size(axes), t=mesh.size(axes)), axes
+    if any(seg.offsets for dim in layout.dims for atom in dim.atoms for seg in atom.segs):
+        axes = mesh.ordered(layout.split_axes)
+        further = sum(math.prod(layout.local_shape(mesh, rank)) for rank in mesh.group(0, axes)) - size
+        return ("halos", dict(R=further, t=mesh.size(axes)), axes) if further > 0 else None  # 0: a ring's blocks
+    return None
 
 
 def between_machines(sharded: Program, plan: Plan, mesh: Mesh) -> int:
