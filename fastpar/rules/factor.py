@@ -146,30 +146,27 @@ class FactorRule(Rule):
     ) -> dict[str, Dim]:
         """Factors to split in the place of those that have to be whole: all of a transform's rows, some channels each.
 
-        Where an operand is turned so and its results may be turned back for fewer bytes than all ranks would get of
-        it. The factor has to be in all results, and in all operands whose rows are gathered otherwise.
+        Where turning an operand so and its results back moves fewer bytes than gathering it: on N ranks an N-th of
+        both, not all of it. The factor has to be in all results, and in all operands that were gathered otherwise.
         """
         turned: dict[str, Dim] = {}
         for name in (n for n in spec.whole if n in reasons):
-            split = [i for i, names in enumerate(spec.operands)
-                     if name in names and not layouts[i].dims[names.index(name)].is_whole]  # fmt: skip
-            if not split:
-                continue
-            held = frozenset(x for i in split for x in layouts[i].dims[spec.operands[i].index(name)].axes)
-            axes, moved = mesh.ordered(held), sum(call.bytes(i) for i in split)
+            dims = {i: layouts[i].dims[names.index(name)] for i, names in enumerate(spec.operands) if name in names}
+            split = [i for i, dim in dims.items() if not dim.is_whole]
+            held = frozenset(x for i in split for x in dims[i].axes)
+            moved = sum(call.bytes(i) for i in split)
             back = call.itemsizes[split[0]] * sum(map(math.prod, call.used()))
+            ranks = mesh.size(mesh.ordered(held))
             taken = any(held & dim.axes for dim in (*chosen.values(), *turned.values()))
-            if taken or moved + back >= mesh.size(axes) * moved:
+            if taken or moved + back >= ranks * moved:
                 continue
-            operands = [spec.operands[i] for i in split]
-            everywhere = set.intersection(*map(set, (*spec.results, *operands)))
-            everywhere -= {None, *spec.whole, *spec.reduced, *chosen, *turned}
+            in_all = set.intersection(*map(set, (*spec.results, *(spec.operands[i] for i in split))))
+            in_all -= {None, *spec.whole, *spec.reduced, *chosen, *turned}
             sizes = dict(zip(spec.operands[split[0]], call.shapes[split[0]], strict=True))
-            n = mesh.size(axes)
-            free = [f for f in everywhere if sizes[f] >= n]
-            if free:
-                best = min(free, key=lambda f: (sizes[f] % n > 0, -sizes[f], f))
-                turned[str(best)] = Dim.even(sizes[best], axes, mesh)
+            free = [str(n) for n in in_all if sizes[n] >= ranks]
+            if free:  # one that divides, the largest of those
+                best = min(free, key=lambda n: (sizes[n] % ranks > 0, -sizes[n], n))
+                turned[best] = Dim.even(sizes[best], mesh.ordered(held), mesh)
         return turned
 
 

@@ -478,7 +478,7 @@ MUTANTS = (
     ),
     Mutant(
         "values are turned where gathering them is less", "fastpar/rules/factor.py",
-        "if taken or moved + back >= mesh.size(axes) * moved:", "if taken:",
+        "if taken or moved + back >= ranks * moved:", "if taken:",
         ("tests/test_written_out.py", "-k", "two_ranks"),
     ),
     Mutant(
