@@ -82,6 +82,15 @@ def test_rows_that_a_large_number_hides(shape: tuple[int, ...], dtype: torch.dty
         assert report.ok, (plan, report.max_rel_err, report.diverged_at)
 
 
+@pytest.mark.parametrize("plan", ["ring=3", "torus=3", "torus=2,ring=2"])
+def test_a_mask_that_every_rank_has_does_not_travel(plan: str) -> None:
+    """Each block cuts its own rows and columns of it, also where its large numbers are taken out first."""
+    torch.manual_seed(0)
+    x, mask = torch.randn(2, 12, 12, dtype=torch.float64), torch.randn(2, 1, 12, 12, dtype=torch.float64)
+    report = fastpar.verify(Masked(6).double().eval(), (x, mask), plan=plan)
+    assert report.ok and {c.why for c in report.collectives} == {"attention", "output"}
+
+
 def test_masks_without_such_numbers_stay_as_they_are() -> None:
     x = torch.randn(2, 11, 12, dtype=torch.float16)
     for mask in (torch.zeros(11, 11, dtype=torch.float16), torch.zeros(11, 11) == 0):

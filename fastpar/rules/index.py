@@ -168,6 +168,10 @@ class LookupRule(FactorRule):
         super().__init__(factors)
         self.local = local
 
+    def back(self, call: Call, pos: Pos) -> list[tuple[int, Pos]]:
+        spec = self.factors(call)  # rows that have to be whole here begin here
+        return [] if spec.results[0][pos.dim] in spec.whole else super().back(call, pos)
+
     def rows(self, call: Call) -> list[int]:
         """Dimensions of the result that are not the table's: one row for each that was looked up."""
         spec = self.factors(call)

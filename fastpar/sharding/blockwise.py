@@ -15,6 +15,7 @@ from torch import fx
 
 from fastpar.core.inherit import inherited
 from fastpar.core.layout import Dim, Layout
+from fastpar.ops.redistribute import redistribute
 from fastpar.ops.ring import accumulated, attention_lse, merge, redistribute_all
 from fastpar.rules.attention import mask_layout
 from fastpar.sharding.rewrite import redistributed
@@ -55,6 +56,8 @@ class Blockwise:
 
     def _levelled(self, q: fx.Node, mask: fx.Node) -> Pair:
         """Queries and mask without what their scores are lost in, a row's largest mask over all its keys."""
+        if mask.target is redistribute and mask.args[0].meta["layout"].is_whole:  # type: ignore[union-attr]
+            mask = mask.args[0]  # type: ignore[assignment]  # of which every block cuts its own rows, for nothing
         layout: Layout = mask.meta["layout"]
         rows = layout.with_dim(len(layout.dims) - 1, Dim.whole(1))
         lead: list[Dim] = [Dim.whole(1)] * (len(self.layout.dims) - len(rows.dims)) + [*rows.dims]
