@@ -112,6 +112,7 @@ WRITES: dict[str, Callable[..., torch.Tensor]] = {
     "index_put added": lambda x, i, v: aten.index_put(x, [None, i], v, True),
     "index_put two dimensions": lambda x, i, v: aten.index_put(x, [i % 2, i], v[0]),
     "mask": lambda x, i, v: aten.index_put(x, [x[..., 0] > 0], v[0, 0]),
+    "mask behind": lambda x, i, v: aten.index_put(x, [None, torch.arange(N) > 4], v[:, :1] * 2),
     "mask of channels": lambda x, i, v: aten.index_put(x, [None, None, v[0, 0] > 0], v.flatten()[:1]),
     "index_copy": lambda x, i, v: x.index_copy(1, i, v),
     "index_add": lambda x, i, v: x.index_add(1, i, v),
@@ -134,6 +135,17 @@ def test_programs_with_rows_by_index(name: str) -> None:
     for plan in (*PLANS, "ring=16") if name in ("index_select", "index_put") else PLANS:  # or ranks without rows, too
         prove(case, Way.of(plan, case.program))
         assert not forced(build(case.program, plan)), plan
+
+
+def test_a_value_for_each_marked_row_needs_the_whole_mask() -> None:
+    def function(x: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor]:
+        mask = (torch.arange(2 * N) % 5 == 0).view(2, N)
+        return (attended(aten.index_put(attended(x), [mask], values)),)
+
+    torch.manual_seed(0)
+    case = traced(function, [torch.randn(2, N, C).double(), torch.randn(6, C).double()])
+    prove(case, Way.of("gather=3", case.program))
+    assert {f.split(":")[2] for f in forced(build(case.program, "gather=3"))} == {"index_put"}
 
 
 def test_a_few_rows_are_added_up_and_many_are_not() -> None:

@@ -106,18 +106,20 @@ def _index_put(call: Call) -> Factors:
 
 
 def _masked_put(call: Call) -> Factors:
-    """One mask over some dimensions: whoever has a row has its part of the mask, and writes the same value."""
+    """A mask over some dimensions: whoever has a row has its part of the mask, and writes the same value.
+
+    Not where each marked row has a value of its own: which one it is, the whole mask says.
+    """
     indices, values = list(call.args[1]), call.shapes[-1]
+    at = [i for i, index in enumerate(indices) if index is not None]
     x: Names = tuple(f"d{i}" for i in range(len(call.shape)))
-    if sum(i is not None for i in indices) == 1:
-        at = next(i for i, index in enumerate(indices) if index is not None)
-        behind = len(call.shape) - at - len(call.shapes[1])
-        given: list[str | None] = [None] * len(values)
-        for k in range(1, min(behind, len(values)) + 1):
-            given[-k] = x[-k] if values[-k] == call.shape[-k] else None
-        # one value for all that the mask marks, or for all rows in front of it
-        if all(s == 1 for s in values[: len(values) - min(behind, len(values))]):
-            return Factors((x, x[at : at + len(call.shapes[1])], tuple(given)), (x,))
+    mask = x[at[0] : at[0] + len(call.shapes[1])]
+    # one row stands for all that the mask marks, between the dimensions in front of the mask and those behind it
+    selected = (*x[: at[0]], None, *x[at[0] + len(mask) :])[-len(values) or len(x) + 1 :]
+    sizes = dict(zip(x, call.shape, strict=True))
+    given = tuple(n if n is not None and sizes[n] == s else None for n, s in zip(selected, values, strict=True))
+    if len(at) == 1 and all(n is not None or s == 1 for n, s in zip(given, values, strict=True)):
+        return Factors((x, mask, given), (x,))
     every = tuple(tuple(f"m{i}.{k}" for k in range(len(s))) for i, s in enumerate(call.shapes[1:]))
     counted = {n: _COUNTED for names in (x, *every) for n in names if n is not None}
     return Factors((x, *every), (x,), whole=counted)
