@@ -35,6 +35,7 @@ TURNED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "fft of rows": lambda x: torch.fft.fft(x.to(torch.complex128), dim=1).abs(),
     "sorted rows": lambda x: x.sort(dim=1).values,
     "products of rows": lambda x: x.cumprod(1),
+    "products of rows beside rows": lambda x: x.cumprod(1) * x,
     "one after the other": loop,
     "rows by index": lambda x: x.gather(1, torch.arange(N).flip(0)[None, :, None].expand(B, N, C)) * 2,
 }

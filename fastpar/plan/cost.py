@@ -35,14 +35,14 @@ ELEMENTS: dict[str, Any] = {
     "queries and outputs in stages": 2 * Q / n * (m - 1) / m,
     "keys and values in stages": 2 * K / (r * u * m) * (M - 1),
     "keys and values round machines' rings": 2 * K / (r * u * m) * (r - M),
-    "sums of products": 2 * S * (t - 1) / t,
     "sums over ranks": 2 * S * (t - 1) / t,
     "sums of which ranks keep rows": S * (t - 1) / t,
     "halos": R / t,
     "outputs": E * (N - 1) / N,
 }
-"""Elements that leave a rank: per attention (the first seven), per pair of products whose weights are cut, per sum over
-split rows, per exchange of windows (a convolution of k taps and stride s has R = (t - 1)(k - s) rows), per call."""
+"""Elements that leave a rank: per attention (the first seven), per sum (behind each pair of products whose weights are
+cut, and over split rows), per exchange of windows (a convolution of k taps and stride s has R = (t - 1)(k - s) rows),
+per call."""
 
 TERMS = {
     "ulysses": tuple(ELEMENTS)[:2],

@@ -102,7 +102,7 @@ def volume(sharded: Program, plan: Plan, mesh: Mesh) -> Volume:
             shared = mesh.size(mesh.ordered(node.meta["layout"].split_axes))  # ranks that have other rows of it
             size = value.numel() // shared
             kinds[(("S", size), ("t", plan.tp), ("itemsize", value.element_size()))] += 1
-            sent = cost.elements("sums of products", S=size, t=plan.tp) * value.element_size()
+            sent = cost.elements("sums over ranks", S=size, t=plan.tp) * value.element_size()
             out.flows.append(Flow(sent / deal, ("tp",)))
             out.collectives += 1
         elif "columns" in node.meta:
@@ -191,7 +191,7 @@ def _form(plan: Plan) -> str:
     if terms and {*plan.fp8} & {*"qkvo"}:
         out[0] += " (f = (D + 4)/(b*D), rows of D numbers of b bytes)"
     if plan.tp and plan.tp > 1:
-        out.append(f"sum over products cut by rows, and norms over cut columns, of {cost.text('sums of products')}")
+        out.append(f"sum over products cut by rows, and norms over cut columns, of {cost.text('sums over ranks')}")
     return ", plus ".join([*out, f"outputs {cost.text('outputs')}"])
 
 

@@ -148,7 +148,7 @@ def _predict(
             size = whole / (split // plan.tp)
             summed = place.round(["tp"], 2 * size / plan.tp) * count
             communication, exposed = communication + summed, exposed + summed
-            sent += count * cost.number(cost.ELEMENTS["sums of products"])(S=size, t=plan.tp)
+            sent += count * cost.number(cost.ELEMENTS["sums over ranks"])(S=size, t=plan.tp)
             collectives += count
     axes = [a for a in order if not (dealt and a == "cfg")]
     out = work.outputs / max(1, split)

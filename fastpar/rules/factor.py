@@ -66,8 +66,8 @@ class FactorRule(Rule):
         if all(x.is_whole for x in layouts):
             return Decision(layouts, tuple(Layout.whole(s) for s in call.results))
         chosen, reasons = self._choose(call, spec, layouts, mesh)
-        turned = {} if call.tail or not spec.turns else self._turned(call, spec, layouts, mesh, chosen, reasons)
-        chosen.update(turned)
+        if spec.turns and not call.tail:
+            chosen.update(self._turned(call, spec, layouts, mesh, chosen, reasons))
         inputs, gathers = [], []
         for i, names in enumerate(spec.operands):
             dims = tuple(
@@ -77,7 +77,8 @@ class FactorRule(Rule):
             inputs.append(Layout(dims))
             for n, have, want in zip(names, layouts[i].dims, dims, strict=True):
                 if n in reasons and not have.is_whole and have != want:
-                    gathers.append(Gather(i, reasons[n], "realign" if turned.keys() & set(names) else "gather"))
+                    elsewhere = have.axes <= inputs[-1].split_axes  # still split, along another dimension
+                    gathers.append(Gather(i, reasons[n], "realign" if elsewhere else "gather"))
         over: dict[str, set[str]] = {}
         for name, op in spec.reduced.items():
             dim = chosen.get(name)
