@@ -8,13 +8,14 @@ from typing import Any
 from torch import fx
 
 from fastpar.backends.ranges import marked, under_profilers
+from fastpar.graph.forward import forwarded
 from fastpar.graph.program import Program
 
 
 def compile_eager(program: Program) -> Callable[[list[Any]], Sequence[Any]]:
     """A function from the flat inputs to the flat outputs of this rank's program."""
-    program.gm.recompile()
-    return under_profilers(program.name, _runner(program.gm), lambda: _runner(marked(program.gm)))
+    gm = forwarded(program.gm)
+    return under_profilers(program.name, _runner(gm), lambda: _runner(marked(gm)))
 
 
 def _runner(module: fx.GraphModule) -> Callable[[list[Any]], Sequence[Any]]:

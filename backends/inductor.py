@@ -27,8 +27,9 @@ from fastpar.backends.kernels.choose import available, with_kernels
 from fastpar.backends.pinned import pin
 from fastpar.backends.ranges import PROVENANCE, numbered, under_profilers, wrapper_of, wrapper_with_ranges
 from fastpar.core.errors import OptionError
+from fastpar.graph.forward import forwarded
 from fastpar.graph.program import Program
-from fastpar.ops.collectives import pack_boxes, unpack_boxes
+from fastpar.ops.folded import pack_folded, unpack_folded
 
 
 def compile_inductor(program: Program) -> Callable[[list[Any]], Sequence[Any]]:
@@ -42,11 +43,11 @@ def compile_inductor(program: Program) -> Callable[[list[Any]], Sequence[Any]]:
         _need_compiler()
     mode = next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None) or FakeTensorMode()
     table = dict(select_decomp_table())
-    table[torch.ops.fastpar.pack.default] = pack_boxes
-    table[torch.ops.fastpar.unpack.default] = unpack_boxes
-    program.gm.recompile()
-    # on a GPU, Triton kernels take what they fuse; their tables are inputs that never change
-    gm, tables = with_kernels(program.gm, gpu) if gpu is not None and available() else (program.gm, [])
+    table[torch.ops.fastpar.pack.default] = pack_folded
+    table[torch.ops.fastpar.unpack.default] = unpack_folded
+    gm, tables = forwarded(program.gm), list[torch.Tensor]()
+    if gpu is not None and available():  # Triton kernels take what they fuse; their tables are inputs that never change
+        gm, tables = with_kernels(gm, gpu)
     static = [i for i, given in enumerate(program.inputs) if given.kind in ("parameter", "buffer")]
     static += range(len(values), len(values) + len(tables))
     values += [mode.from_tensor(t) for t in tables]

@@ -18,6 +18,7 @@ COMMANDS = {
     "published": ["benchmarks.published"],
     "verify_speed": ["benchmarks.verify_speed"],
     "quality": ["benchmarks.quality"],
+    "launches": ["benchmarks.launches"],
 }
 
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from operator import getitem
 from typing import Any, ClassVar
 
-import torch
 from torch import fx
 
 from fastpar.core.errors import PlanError
@@ -88,7 +87,5 @@ def _own_attention(node: fx.Node, mesh: Mesh) -> fx.Node:
     block = graph.call_function(attention_lse, (q, k, v, mask, scale, bool(gqa)))
     block.meta = {**trace, "val": tuple(fake), "layout": (layout, Layout(layout.dims[:-1]))}
     out = graph.call_function(getitem, (block, 0))
-    out.meta = {**trace, "val": fake[0], "layout": layout}
-    cast = graph.call_function(torch.ops.aten._to_copy.default, (out,), {"dtype": value.dtype})
-    cast.meta = {**trace, "val": value, "layout": layout}
-    return cast
+    out.meta = {**trace, "val": value, "layout": layout}
+    return out

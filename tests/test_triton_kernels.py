@@ -25,10 +25,21 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastpar
 from fastpar.backends import inductor
-from fastpar.backends.kernels import checksums, copies, launch, merge, normed, pack_quantized, unpack_dequantized
+from fastpar.backends.kernels import (
+    checksums,
+    choose,
+    copies,
+    launch,
+    merge,
+    normed,
+    pack_quantized,
+    rows,
+    unpack_dequantized,
+)
 from fastpar.backends.kernels.choose import with_kernels
 from fastpar.backends.kernels.table import LANES, make_table
 from fastpar.backends.simulate.lockstep import run_local
+from fastpar.graph.forward import forwarded
 from fastpar.graph.program import Input, Program
 from fastpar.ops.checksum import COLUMNS, ROW, STEP, STIR
 from fastpar.ops.checksum import LANES as TOGETHER
@@ -104,6 +115,8 @@ KERNELS: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "unpack": (copies._copy, "*bf16", {**ONE, **TILE, "PACK": False, "ITEM": 2, "UNIT": 2}),
     "pack_quantized": (pack_quantized._quantize, "*bf16", {**ONE, **TILE, "WIDTH": 128}),
     "unpack_dequantized": (unpack_dequantized._dequantize, "*bf16", {**ONE, **TILE, "WIDTH": 128}),
+    "quantize": (rows._quantize_rows, "*bf16", {**TILE, "WIDTH": 128}),
+    "dequantize": (rows._dequantize_rows, "*u8", {**TILE, "WIDTH": 128}),
     "merge": (merge._merge, "*fp32", {**TILE, "WIDTH": 128}),
     "normed": (normed._normed, "*bf16", {**TILE, "WIDTH": 128, "NORM": 2, "WEIGHT": True, "BIAS": False, "SCALE": True,
                                          "ROTARY": 1, "ROUNDED": True, "ITEM": 2}),
@@ -128,12 +141,13 @@ def test_it_compiles_to_machine_code(name: str, arch: int, tmp_path: Path, monke
     sizes = {n: "constexpr" if n in constants else SENT.get(n, "i32") for n in kernel.arg_names}
     pointers = POINTERS - (STRIDES_OF_MERGE if name == "merge" else set())
     sizes |= {n: kind for n in kernel.arg_names if n in pointers} | ({"eps": "fp32"} if name == "normed" else {})
+    sizes |= {"out": "*bf16"} if name == "dequantize" else {}
     given = {(kernel.arg_names.index(n),): value for n, value in constants.items()}
     done = triton.compile(ASTSource(kernel, sizes, constexprs=given), target=GPUTarget("cuda", arch, 32))
     assert done.asm["cubin"]
     ptx = done.asm["ptx"]
     assert ".ftz" not in ptx or name in ("merge",)  # small numbers are numbers
-    if name == "pack_quantized":
+    if name in ("pack_quantized", "quantize"):
         assert "div.rn.f32" in ptx and "div.full" not in ptx and "div.approx" not in ptx  # what torch computes
 
 
@@ -158,13 +172,16 @@ def test_tracers_see_what_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
         whole = copies.pack_operator([a, b], PLAIN, table)
         c, d = copies.unpack_operator(whole, [n if n != 20 else 16 for n in SHAPES], PLAIN, "", table)
         normed.normed_(sent, c, None, None, None, None, None, None, "rms", 1e-6, False, True, 0, BOXES, [1, 2], table)
-        return sent, d, merge.merge(o, lse, o, lse), checksums.checksums_operator([x, table, o.mT, lse])
+        back = rows.dequantize_operator(rows.quantize_operator(x), torch.float16)
+        return sent, d, back, merge.merge(o, lse, o, lse), checksums.checksums_operator([x, table, o.mT, lse])
 
     with mode:
         traced = make_fx(dispatch_functionalize(all_of_them))(x, table, o, lse)
     kernels = [n for n in traced.graph.nodes if "triton_kernel_wrapper_functional" in str(n.target)]
     written = [sorted(n.kwargs["tensors_to_clone"]) for n in kernels]
-    assert written == [["flat"], ["out"], ["x0"], ["y0"], ["flat"], ["x0", "x1"], ["out"], ["z", "zl"], ["sums"]]
+    rounding = [["out"], ["out"]]
+    want = [["flat"], ["out"], ["x0"], ["y0"], ["flat"], ["x0", "x1"], ["out"], *rounding, ["z", "zl"], ["sums"]]
+    assert written == want
 
 
 # -- as operators ----------------------------------------------------------------------------------------
@@ -180,6 +197,8 @@ def operators() -> Iterator[tuple[Any, tuple[Any, ...]]]:
     yield pack_quantized.pack_quantized_operator, ([x, o], [True, False], BOXES, table)
     args = (SHAPES, BOXES, "float32.float32", [True, False], table)
     yield unpack_dequantized.unpack_dequantized_operator, (sent, *args)
+    yield rows.quantize_operator, (x.mT,)
+    yield rows.dequantize_operator, (rows.quantize_operator(x), torch.bfloat16)
     yield merge.merge, (o, lse, x, lse.clone())
     yield merge.merge_, (o.clone(), lse.clone(), x, lse.clone())
     angle = torch.randn(1, 5, 16)
@@ -276,14 +295,19 @@ def constants_for_tables(gm: fx.GraphModule, tables: list[torch.Tensor]) -> fx.G
     [
         ("ulysses=2,fp8(qvo)", {"pack_quantized": 2, "unpack_dequantized": 2}),
         ("gather=3,fp8(kv)", {"pack_quantized": 1, "unpack_dequantized": 1}),
-        ("ring=3,fp8(kvo)", {"merge": 2, "unpack_dequantized": 1}),
-        ("ulysses=2,ring=2,fp8(qkvo)", {"pack_quantized": 2, "unpack_dequantized": 3, "merge": 1}),
+        ("ring=3,fp8(kvo)", {"merge": 2, "unpack_dequantized": 2, "quantize": 2, "dequantize": 2}),
+        ("ulysses=2,ring=2,fp8(qkvo)", {"pack_quantized": 2, "unpack_dequantized": 3, "dequantize": 2, "merge": 1}),
         ("torus=2,fp8(qvo)", None),
         ("ulysses=2", {}),
+        ("ulysses=3", {"pack": 1, "unpack": 2}),
     ],
 )
-def test_programs_with_kernels_give_the_same_bits(plan: str, used: dict[str, int] | None, dtype: torch.dtype) -> None:
+def test_programs_with_kernels_give_the_same_bits(
+    plan: str, used: dict[str, int] | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
+    if plan == "ulysses=3":  # messages in many pieces
+        monkeypatch.setattr(choose, "PIECES", 1)
     x = torch.randn(1, 4, 11, 8).to(dtype)
     captured = fastpar.capture(lambda x: F.scaled_dot_product_attention(x * 2, x.sin(), x.cos()).tanh(), (x,))
     recorded = captured.programs[0]
@@ -292,7 +316,7 @@ def test_programs_with_kernels_give_the_same_bits(plan: str, used: dict[str, int
     mine = []
     for program in programs:
         before = str(program.gm.graph)
-        gm, tables = with_kernels(program.gm, torch.device("cpu"))
+        gm, tables = with_kernels(forwarded(program.gm), torch.device("cpu"))
         mine.append(replace(program, gm=constants_for_tables(gm, tables)))
         found = Counter(str(n.target).split(".")[1] for n in gm.graph.nodes if "fastpar_kernels" in str(n.target))
         assert found == used or used is None and found["pack_quantized"]

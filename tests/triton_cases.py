@@ -206,6 +206,20 @@ def codes(rng: random.Random, device: str) -> None:
     same(there.launch([x], [True], boxes, table), quantize(x).view(-1))
 
 
+def rows(rng: random.Random, device: str) -> None:
+    from fastpar.backends.kernels import rows as k
+    from fastpar.ops.quantize import dequantize, quantize
+
+    dtype = rng.choice(FLOATS)
+    x = spoil(rng, strided(rng, shape_of(rng, rng.randint(1, 4)), dtype, device))
+    want = quantize(x)
+    got = k.launch_quantize(x) if x.shape[-1] else want
+    same(got, want)
+    laid = want.transpose(0, -1).contiguous().transpose(0, -1) if rng.random() < 0.5 else want
+    if x.shape[-1]:
+        same(k.launch_dequantize(laid, dtype), dequantize(want, dtype))
+
+
 def merge(rng: random.Random, device: str) -> None:
     from fastpar.backends.kernels import merge as k
 
@@ -214,8 +228,8 @@ def merge(rng: random.Random, device: str) -> None:
     shape = shape_of(rng, rng.randint(2, 4))
     size = rng.choice((1.0, 30.0, 1e4))
     pairs = []
-    for _ in range(2):
-        x = strided(rng, shape, dtype, device)
+    for kind in (rng.choice((dtype, wide)), dtype):  # what was merged before is wide, a block comes as it is computed
+        x = strided(rng, shape, kind, device)
         lse = strided(rng, shape[:-1], wide, device)
         lse = lse / lse.abs().max().clamp_min(1e-3) * size if lse.numel() else lse
         blind = torch.rand(lse.shape, generator=torch.Generator().manual_seed(rng.randrange(999))).to(device) < 0.3
@@ -230,15 +244,15 @@ def merge(rng: random.Random, device: str) -> None:
     if rng.random() < 0.3:
         block_lse = lse.clone()
     want, total = k.reference(out, lse, block, block_lse)
-    off = {torch.float64: 1e-13, torch.float32: 3e-6, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-9}[dtype]
-    new, new_lse = torch.full_like(out, 7), torch.full_like(lse, 7)
+    off = 1e-13 if wide == torch.float64 else 3e-6
+    new, new_lse = torch.full_like(out, 7, dtype=wide), torch.full_like(lse, 7)
     k.launch(out, lse, block, block_lse, (new, new_lse))
     near(new, want, off + (1e-6 if wide == torch.float32 else 0) * size)
     near(new_lse[..., None], total[..., None], 1e-6 if wide == torch.float32 else 1e-13, 1.0)
     blind = (lse == -float("inf")) & (block_lse == -float("inf"))
     assert not new[blind].any() and bool((new_lse[blind] == -float("inf")).all())
     k.launch(out, lse, block, block_lse, (out, lse))
-    same(out, new)
+    same(out, new.to(out.dtype))
     same(lse, new_lse)
 
 
@@ -311,7 +325,7 @@ def checksums(rng: random.Random, device: str) -> None:
 
 
 CASES: dict[str, Callable[[random.Random, str], None]] = {
-    f.__name__: f for f in (copies, codes, pack_quantized, unpack_dequantized, merge, normed, checksums)
+    f.__name__: f for f in (copies, codes, pack_quantized, unpack_dequantized, rows, merge, normed, checksums)
 }
 
 

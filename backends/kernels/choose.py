@@ -4,11 +4,14 @@
 |---|---|
 | ``pack`` of what ``quantize`` gives | ``pack_quantized`` |
 | ``unpack`` to what only ``dequantize`` takes | ``unpack_dequantized`` |
+| other ``quantize``, ``dequantize`` | ``quantize``, ``dequantize`` |
+| ``pack`` and ``unpack`` of messages in many pieces | ``pack``, ``unpack`` |
 | ``merge`` | ``merge`` |
 | ``checksums`` | ``checksums`` |
 
-What else is packed and unpacked stays as it is: Inductor makes slices and concatenations of it, which it fuses with
-their neighbours. Rows that several operators take, such as a ring's, which are used and sent on, stay too.
+Other messages stay as they are: Inductor gets them as a few views (``fastpar.ops.folded``), which it fuses with what
+computes their values. Of more than ``PIECES`` pieces, as where heads do not divide over the ranks, it would launch a
+kernel for each.
 """
 
 from __future__ import annotations
@@ -23,16 +26,22 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from fastpar.backends.kernels import launch
 from fastpar.backends.kernels.checksums import checksums_operator
+from fastpar.backends.kernels.copies import movable, pack_operator, unpack_operator
 from fastpar.backends.kernels.merge import merge as merge_kernel
 from fastpar.backends.kernels.pack_quantized import pack_quantized_operator, quantizable
 from fastpar.backends.kernels.pack_quantized import sizes_of as sent_sizes
+from fastpar.backends.kernels.rows import dequantize_operator, quantize_operator
 from fastpar.backends.kernels.table import RANK, make_table, ranks
 from fastpar.backends.kernels.unpack_dequantized import sizes_of, unpack_dequantized_operator
 from fastpar.graph.program import copy_module
 from fastpar.ops.checksum import checksums
 from fastpar.ops.collectives import dtypes_named, names_of, pack, unpack
+from fastpar.ops.folded import pieces
 from fastpar.ops.quantize import dequantize, quantize
 from fastpar.ops.ring import merge
+
+PIECES = 8
+"""As many tensors Inductor concatenates in one kernel (its ``max_pointwise_cat_inputs``)."""
 
 
 def available() -> bool:
@@ -55,12 +64,13 @@ def with_kernels(gm: fx.GraphModule, device: torch.device) -> tuple[fx.GraphModu
             tables.append(make_table(boxes, itemsizes, device))
         return inputs[-1]
 
-    for node in list(graph.nodes):
-        if rewrite := _REWRITES.get(node.target):
-            rewrite(graph, node, table)
-    for node in reversed(list(graph.nodes)):  # what kernels took the place of; never a collective
-        if not node.users and node.target in (quantize, dequantize, pack, unpack, merge, checksums, getitem):
-            graph.erase_node(node)
+    for rewrites in (_REWRITES, _ALONE):
+        for node in list(graph.nodes):
+            if rewrite := rewrites.get(node.target):
+                rewrite(graph, node, table)
+        for node in reversed(list(graph.nodes)):  # what kernels took the place of; never a collective
+            if not node.users and node.target in (quantize, dequantize, pack, unpack, merge, checksums, getitem):
+                graph.erase_node(node)
     gm.recompile()
     return gm, tables
 
@@ -73,12 +83,17 @@ def _pack(graph: fx.Graph, node: fx.Node, table: _Table) -> None:
     rounded = [x.target is quantize and len(x.users) == 1 and _takes(x.args[0]) for x in xs]
     sources = [x.args[0] if is_rounded else x for x, is_rounded in zip(xs, rounded, strict=True)]
     values = [x.meta["val"] for x in sources]
-    if not any(rounded) or not all(isinstance(v, torch.Tensor) and v.dim() <= RANK for v in values):
-        return
     boxes: Any = node.args[1]
+    if not all(isinstance(v, torch.Tensor) and v.dim() <= RANK for v in values):
+        return
+    if not any(rounded) and (pieces(boxes) <= PIECES or not all(movable(v.dtype) for v in values)):
+        return
     made = table(boxes, sent_sizes(values, rounded))
     with graph.inserting_before(node):
-        new = graph.call_function(_overload(pack_quantized_operator), (sources, rounded, boxes, made))
+        if any(rounded):
+            new = graph.call_function(_overload(pack_quantized_operator), (sources, rounded, boxes, made))
+        else:
+            new = graph.call_function(_overload(pack_operator), (sources, boxes, made))
     _replace(node, new)
 
 
@@ -86,22 +101,33 @@ def _unpack(graph: fx.Graph, node: fx.Node, table: _Table) -> None:
     buffer, shapes, boxes, *given = node.args
     count = ranks(shapes)  # type: ignore[arg-type]
     sent = dtypes_named(given[0]) if given else []  # type: ignore[arg-type]
-    rounded, dtypes = [False] * len(count), sent or [torch.uint8] * len(count)
+    rounded, dtypes = [False] * len(count), sent or [_dtype(node)] * len(count)
     parts: dict[Any, fx.Node] = {user.args[1]: user for user in node.users}
     for lane, part in parts.items():
         users = list(part.users)
         if [user.target for user in users] == [dequantize] and _takes(users[0]):
             rounded[lane], dtypes[lane] = True, users[0].args[1]
-    if not any(rounded) or max(count) > RANK:
+    many = pieces(boxes) > PIECES and all(map(movable, dtypes))  # type: ignore[arg-type]
+    if max(count) > RANK or not (any(rounded) or many):
         return
     made = table(boxes, sizes_of(dtypes, rounded))  # type: ignore[arg-type]
+    kernel: Any = unpack_operator
+    args: tuple[Any, ...] = (buffer, shapes, boxes, given[0] if given else "", made)
+    if any(rounded):
+        kernel, args = unpack_dequantized_operator, (buffer, shapes, boxes, names_of(dtypes), rounded, made)
     with graph.inserting_before(node):
-        args = (buffer, shapes, boxes, names_of(dtypes), rounded, made)
-        new = graph.call_function(_overload(unpack_dequantized_operator), args)
+        new = graph.call_function(_overload(kernel), args)
         new.meta = dict(node.meta)
         for lane, part in parts.items():
             old = next(iter(part.users)) if rounded[lane] else part
             _replace(old, graph.call_function(getitem, (new, lane)))
+
+
+def _dtype(node: fx.Node) -> torch.dtype:
+    """Of what an ``unpack`` without dtypes gives."""
+    value = node.meta["val"]
+    dtype: torch.dtype = (value if isinstance(value, torch.Tensor) else value[0]).dtype
+    return dtype
 
 
 def _same(kernel: Any) -> Callable[[fx.Graph, fx.Node, _Table], None]:
@@ -120,6 +146,19 @@ _REWRITES: dict[Any, Callable[[fx.Graph, fx.Node, _Table], None]] = {
     merge: _same(merge_kernel),
     checksums: _same(checksums_operator),
 }
+
+
+def _alone(kernel: Any) -> Callable[[fx.Graph, fx.Node, _Table], None]:
+    """``_same``, of rows that kernels compute on."""
+
+    def rewrite(graph: fx.Graph, node: fx.Node, table: _Table) -> None:
+        if _takes(node if node.target is dequantize else node.args[0]):  # type: ignore[arg-type]
+            _same(kernel)(graph, node, table)
+
+    return rewrite
+
+
+_ALONE = {quantize: _alone(quantize_operator), dequantize: _alone(dequantize_operator)}
 
 
 def _takes(node: fx.Node) -> bool:

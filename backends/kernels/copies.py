@@ -139,7 +139,12 @@ def launch_unpack(
 
 def takes(*xs: torch.Tensor) -> bool:
     """Whether these tensors can be moved by the kernel."""
-    return on_gpu(*xs) and not any(x.is_complex() or x.dtype == torch.bool for x in xs)
+    return on_gpu(*xs) and all(movable(x.dtype) for x in xs)
+
+
+def movable(dtype: torch.dtype) -> bool:
+    """Whether numbers of this kind can be."""
+    return not dtype.is_complex and dtype != torch.bool
 
 
 @operator("pack")

@@ -1,8 +1,8 @@
 """``merge``: two (output, logsumexp) pairs of blockwise attention to one, by online softmax.
 
 As ``fastpar::merge``: an empty block (logsumexp -inf) weighs nothing, and a row that no block shows a key stays 0.
-Weights are computed in float32 (float64 for that), also for outputs in 16 bits, which are rounded once, when they are
-stored. Floor: both outputs read and one written; a ring that merges in place allocates nothing.
+Blocks come as attention writes them, in 16 bits mostly; what is merged is kept in float32 (float64 for that), unless
+it is merged in place into something narrower. Floor: both outputs read and one written.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ def _merge(
 def reference(
     out: torch.Tensor, lse: torch.Tensor, block: torch.Tensor, block_lse: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the kernel computes: outputs ``[*lead, S, D]`` of one dtype, ``lse`` ``[*lead, S]`` in at least float32."""
-    merged, total = merge_in_torch(out.to(lse.dtype), lse, block.to(lse.dtype), block_lse)
-    return merged.to(out.dtype), total
+    """What the kernel computes: outputs ``[*lead, S, D]`` of any floats, ``lse`` ``[*lead, S]`` in at least float32."""
+    merged, total = merge_in_torch(out, lse, block, block_lse)
+    return merged, total
 
 
 def launch(
@@ -70,9 +70,9 @@ def launch(
 
 
 def _takes(out: torch.Tensor, lse: torch.Tensor, block: torch.Tensor, block_lse: torch.Tensor) -> bool:
-    same = out.dtype == block.dtype and lse.dtype == block_lse.dtype and out.shape == block.shape
-    wide = (out.dtype, lse.dtype) == (torch.float64, torch.float64)
-    known = wide or (out.dtype in FLOATS and lse.dtype == torch.float32)
+    same = lse.dtype == block_lse.dtype and out.shape == block.shape
+    wide = {out.dtype, block.dtype, lse.dtype} == {torch.float64}
+    known = wide or (out.dtype in FLOATS and block.dtype in FLOATS and lse.dtype == torch.float32)
     return on_gpu(out, lse, block, block_lse) and same and known and 0 < out.dim() and out.shape[-1] <= 8192
 
 
@@ -80,12 +80,16 @@ def _takes(out: torch.Tensor, lse: torch.Tensor, block: torch.Tensor, block_lse:
 def merge(
     out: torch.Tensor, lse: torch.Tensor, block: torch.Tensor, block_lse: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A new pair, contiguous."""
+    """A new pair, in lse's dtype and in ``out``'s order in memory."""
     if not _takes(out, lse, block, block_lse):
         return reference(out, lse, block, block_lse)
-    to = (out.new_empty(out.shape), lse.new_empty(lse.shape))
+    to = _like(out, lse)
     launch(out, lse, block, block_lse, to)
     return to
+
+
+def _like(out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty_like(out, dtype=lse.dtype), torch.empty_like(lse)
 
 
 @operator("merge_", mutates=("out", "lse"))
@@ -99,5 +103,5 @@ def merge_(out: torch.Tensor, lse: torch.Tensor, block: torch.Tensor, block_lse:
         lse.copy_(total)
 
 
-merge.register_fake(lambda out, lse, block, block_lse: (out.new_empty(out.shape), lse.new_empty(lse.shape)))
+merge.register_fake(lambda out, lse, block, block_lse: _like(out, lse))
 merge_.register_fake(lambda out, lse, block, block_lse: None)

@@ -85,6 +85,17 @@ def store_quantized(out, x, row, col, keep, WIDTH: tl.constexpr):
 
 
 @jit
+def load_quantized(here, step, col, keep, WIDTH: tl.constexpr):
+    """Float32 of rows that begin at ``here``: ``WIDTH`` bytes and a scale each, bytes ``step`` apart."""
+    mask = keep[:, None] & (col < WIDTH)[None, :]
+    scale = tl.load(here + WIDTH * step, mask=keep, other=0).to(tl.uint32)
+    for byte in tl.static_range(1, 4):
+        scale = scale | (tl.load(here + (WIDTH + byte) * step, mask=keep, other=0).to(tl.uint32) << (8 * byte))
+    units = from_e4m3(tl.load(here[:, None] + (col * step)[None, :], mask=mask, other=0))
+    return units * scale.to(tl.float32, bitcast=True)[:, None]
+
+
+@jit
 def rows_of(first, a, b, c, size, m, n, ROWS: tl.constexpr):
     """Rows ``first`` and on of a box of ``size x m x n`` rows that starts at ``a, b, c``.
 

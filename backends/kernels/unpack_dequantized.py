@@ -13,7 +13,7 @@ import torch
 
 from fastpar.backends.kernels.copies import move, takes
 from fastpar.backends.kernels.launch import FLOATS, jit, operator, power, tl, wrap_triton
-from fastpar.backends.kernels.numbers import from_e4m3, narrow, rows_of
+from fastpar.backends.kernels.numbers import load_quantized, narrow, rows_of
 from fastpar.backends.kernels.table import RANK, groups, lanes_of, make_table, ranks, tiles
 from fastpar.ops.collectives import dtypes_named, names_of, unpack_boxes
 from fastpar.ops.quantize import SCALE_BYTES, dequantize
@@ -30,12 +30,7 @@ def _lane(
     )  # fmt: skip
     col = tl.arange(0, COLUMNS)
     mask = keep[:, None] & (col < WIDTH)[None, :]
-    here = buffer + tl.load(entry + 1) + row * (WIDTH + 4)
-    scale = tl.load(here + WIDTH, mask=keep, other=0).to(tl.uint32)
-    for byte in tl.static_range(1, 4):
-        scale = scale | (tl.load(here + WIDTH + byte, mask=keep, other=0).to(tl.uint32) << (8 * byte))
-    units = from_e4m3(tl.load(here[:, None] + col[None, :], mask=mask, other=0))
-    numbers = units * scale.to(tl.float32, bitcast=True)[:, None]
+    numbers = load_quantized(buffer + tl.load(entry + 1) + row * (WIDTH + 4), 1, col, keep, WIDTH)
     there = y + (i * s0 + j * s1 + k * s2)[:, None] + (col * s3)[None, :]
     tl.store(there, narrow(numbers, y.dtype.element_ty), mask=mask)
 

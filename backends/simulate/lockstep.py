@@ -114,7 +114,8 @@ def _block(node: fx.Node, env: dict[fx.Node, list[Any]], mesh: Mesh) -> list[Any
                 columns = columns.index_select(columns.dim() - 1, rows)
             block = attention_lse(q[rank], k[member], v[member], columns, *options)
             total = block if total is None else merge(*total, *block)
-        out.append(total)
+        assert total is not None
+        out.append((total[0].to(total[1].dtype), total[1]))
     return out
 
 

@@ -100,7 +100,8 @@ def merging(tokens: int, device: torch.device) -> Case:
     x, y = rows(tokens, device, 2)
     a, b = (torch.randn(1, HEADS, tokens, device=device) for _ in range(2))
     many = x.numel() // WIDTH
-    floor = many * (2 * (2 * WIDTH + 4) + 2 * WIDTH + 4)
+    x = x.float()  # what was merged before
+    floor = many * ((4 * WIDTH + 4) + (2 * WIDTH + 4) + (4 * WIDTH + 4))
     return Case(lambda: merge.merge(x, a, y, b), lambda: merge.reference(x, a, y, b), floor, exact=False)
 
 

@@ -165,11 +165,23 @@ def _boxes(src: Layout, dst: Layout, mesh: Mesh, source: int, target: int) -> tu
         cells = [c for c in _cells(a, b, mesh, target) if c.owner == mine]
         if not cells:
             return ()
-        per_dim.append(cells)
+        per_dim.append(_joined(cells))
     return tuple(
         Box(tuple(c.src for c in cells), tuple(c.dst for c in cells), tuple(c.size for c in cells))
         for cells in itertools.product(*per_dim)
     )
+
+
+def _joined(cells: list[_Cell]) -> list[_Cell]:
+    """The same rows in as few cells: what lies side by side here and there (a ring's text and picture) is one."""
+    out = cells[:1]
+    for cell in cells[1:]:
+        last = out[-1]
+        if (cell.src, cell.dst) == (last.src + last.size, last.dst + last.size):
+            out[-1] = _Cell(last.owner, last.src, last.dst, last.size + cell.size)
+        else:
+            out.append(cell)
+    return out
 
 
 @lru_cache(maxsize=16384)

@@ -49,12 +49,20 @@ def output_shape(
     return [*torch.broadcast_shapes(lead_q, lead_k, lead_v), q[-2], v[-1]]
 
 
-def _empty(shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+def empty_output(shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
     """Uninitialised memory in the layout that the operator promises for ``shape``."""
     if len(shape) == 4:  # tokens before heads: what the flash kernels write and models read next
         b, h, s, d = shape
         return like.new_empty([b, s, h, d]).transpose(1, 2)
     return like.new_empty(shape)
+
+
+def in_order(out: torch.Tensor) -> torch.Tensor:
+    """``out`` in the layout of ``empty_output``."""
+    if out.dim() == 4:
+        # Models make q by transposing heads and tokens, fused kernels copy q's layout: then this is free.
+        return out.transpose(1, 2).contiguous().transpose(1, 2)
+    return out.contiguous()
 
 
 def _attention(
@@ -69,12 +77,9 @@ def _attention(
     shape = output_shape(q.shape, k.shape, v.shape, mask.shape if mask is not None else None, gqa)
     if 0 in shape or k.shape[-2] == 0 or q.shape[-1] == 0:
         # The fused kernels divide by sizes; no keys means no terms in the sum, hence zero.
-        return _empty(shape, q).zero_()
+        return empty_output(shape, q).zero_()
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=gqa)
-    if out.dim() == 4:
-        # Models make q by transposing heads and tokens, fused kernels copy q's layout: then this is free.
-        return out.transpose(1, 2).contiguous().transpose(1, 2)
-    return out.contiguous()
+    return in_order(out)
 
 
 def _attention_fake(
@@ -86,7 +91,7 @@ def _attention_fake(
     scale: float | None = None,
     gqa: bool = False,
 ) -> torch.Tensor:
-    return _empty(output_shape(q.shape, k.shape, v.shape, None, gqa), q)
+    return empty_output(output_shape(q.shape, k.shape, v.shape, None, gqa), q)
 
 
 _LIB.impl("attention", _attention, "CompositeExplicitAutograd")

@@ -96,6 +96,9 @@ def block(x: torch.Tensor, starts: Sequence[int], sizes: Sequence[int]) -> torch
     return x
 
 
+Tile = tuple[tuple[int, ...], torch.Tensor]  # where it begins in what it is a part of, and it
+
+
 def flat_bytes(x: torch.Tensor) -> torch.Tensor:
     """The bytes of ``x``, 1-D."""
     flat = x.contiguous().reshape(-1)
@@ -117,6 +120,15 @@ def pack_boxes(xs: Sequence[torch.Tensor], flat: Sequence[int]) -> torch.Tensor:
     return torch.cat([p.reshape(-1) for p in pieces])
 
 
+def shapes_of(flat: Sequence[int]) -> list[tuple[int, ...]]:
+    """Shapes from one list of integers, ``[rank, *sizes]`` each."""
+    out, i = [], 0
+    while i < len(flat):
+        out.append(tuple(flat[i + 1 : i + 1 + flat[i]]))
+        i += 1 + flat[i]
+    return out
+
+
 def unpack_boxes(
     buffer: torch.Tensor, shapes: Sequence[int], flat: Sequence[int], dtypes: str = ""
 ) -> list[torch.Tensor]:
@@ -125,11 +137,8 @@ def unpack_boxes(
     ``dtypes``: of the tensors (``names_of``), where the buffer holds bytes.
     """
     kinds = dtypes_named(dtypes)
-    out_shapes, i = [], 0
-    while i < len(shapes):
-        out_shapes.append(tuple(shapes[i + 1 : i + 1 + shapes[i]]))
-        i += 1 + shapes[i]
-    tiles: list[list[tuple[tuple[int, ...], torch.Tensor]]] = [[] for _ in out_shapes]
+    out_shapes = shapes_of(shapes)
+    tiles: list[list[Tile]] = [[] for _ in out_shapes]
     offset = 0
     for operand, starts, sizes in decode(flat):
         numel = math.prod(sizes) * (kinds[operand].itemsize if kinds else 1)
@@ -138,26 +147,31 @@ def unpack_boxes(
             piece = piece.clone().view(kinds[operand])
         tiles[operand].append((starts, piece.view(sizes)))
         offset += numel
-    return [
-        _assemble(tile, 0) if tile else buffer.new_empty(shape, dtype=kinds[i] if kinds else None)
-        for i, (tile, shape) in enumerate(zip(tiles, out_shapes, strict=True))
-    ]
+    outs = []
+    for i, (tile, shape) in enumerate(zip(tiles, out_shapes, strict=True)):
+        if len(tile) == 1:
+            outs.append(tile[0][1].clone(memory_format=torch.contiguous_format))
+        else:
+            outs.append(assemble(tile) if tile else buffer.new_empty(shape, dtype=kinds[i] if kinds else None))
+    return outs
 
 
-def _assemble(tiles: list[tuple[tuple[int, ...], torch.Tensor]], dim: int) -> torch.Tensor:
-    """Tiles of a grid to one tensor: concatenate along each dimension in turn."""
+def assemble(tiles: list[Tile]) -> torch.Tensor:
+    """Tiles (where each begins, and it) that fill a box to one tensor: cut into slabs along some dimension, the slabs
+    put together in turn. A tile alone is returned as it is. Raises ValueError where no straight cut is possible."""
     if len(tiles) == 1:
-        return tiles[0][1].clone(memory_format=torch.contiguous_format)
-    groups: dict[int, list[tuple[tuple[int, ...], torch.Tensor]]] = {}
-    for tile in tiles:
-        groups.setdefault(tile[0][dim], []).append(tile)
-    if len(groups) == 1:
-        return _assemble(tiles, dim + 1)
-    parts = [
-        group[0][1] if len(group) == 1 else _assemble(group, dim + 1)
-        for _, group in sorted(groups.items())
-    ]
-    return torch.cat(parts, dim)
+        return tiles[0][1]
+    for dim in range(tiles[0][1].dim()):
+        slabs: list[list[Tile]] = []
+        end = -1
+        for tile in sorted(tiles, key=lambda t: t[0][dim]):
+            if tile[0][dim] >= end:
+                slabs.append([])
+            slabs[-1].append(tile)
+            end = max(end, tile[0][dim] + tile[1].shape[dim])
+        if len(slabs) > 1:
+            return torch.cat([assemble(slab) for slab in slabs], dim)
+    raise ValueError(f"tiles at {[t[0] for t in tiles]} of {[tuple(t[1].shape) for t in tiles]} cannot be put together")
 
 
 def _pack_fake(xs: Sequence[torch.Tensor], flat: Sequence[int]) -> torch.Tensor:
@@ -169,14 +183,8 @@ def _pack_fake(xs: Sequence[torch.Tensor], flat: Sequence[int]) -> torch.Tensor:
 def _unpack_fake(
     buffer: torch.Tensor, shapes: Sequence[int], flat: Sequence[int], dtypes: str = ""
 ) -> list[torch.Tensor]:
-    out: list[torch.Tensor] = []
     kinds = dtypes_named(dtypes)
-    i = 0
-    while i < len(shapes):
-        dtype = kinds[len(out)] if kinds else None
-        out.append(buffer.new_empty(tuple(shapes[i + 1 : i + 1 + shapes[i]]), dtype=dtype))
-        i += 1 + shapes[i]
-    return out
+    return [buffer.new_empty(x, dtype=kinds[i] if kinds else None) for i, x in enumerate(shapes_of(shapes))]
 
 
 _LIB.impl("pack", pack_boxes, "CompositeExplicitAutograd")

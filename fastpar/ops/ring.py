@@ -1,13 +1,14 @@
 """Blockwise attention: ``attention_lse`` (output and logsumexp of one block of keys) and ``merge``.
 
 The softmax over all keys is the merge of softmaxes over blocks of keys, weighted by their
-sums of exponentials (online softmax). ``lse`` is ``[*lead, S]`` in at least float32. A row to
+sums of exponentials (online softmax). A block's output is in q's dtype and in the order in memory of ``attention``'s,
+as the fused kernels write it; ``lse`` is ``[*lead, S]`` in at least float32, and so is what is merged. A row to
 which a block shows no key has lse -inf, decided from the mask and not by the kernel (the CPU
 flash kernel returns 0 for such a row), so the block weighs nothing; a row that no block shows
 a key stays 0, as eager gives it.
 
 In a sharded program the block's keys may still be split ``over`` mesh axes (dotted names). It then means: as if
-every rank had its group's keys, of a mask with the columns of all keys; ``attention-ring`` gives it a schedule.
+every rank had its group's keys, of a mask with the columns of all keys, merged; ``attention-ring`` gives it a schedule.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from typing import Any
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
+
+from fastpar.ops.attention import empty_output, in_order
 
 _LIB = torch.library.Library("fastpar", "FRAGMENT")
 _TAGS = (torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag)
@@ -49,7 +52,7 @@ def _attention_lse(
         k, v = k.repeat_interleave(group, -3), v.repeat_interleave(group, -3)
     if 0 in shape or k.shape[-2] == 0:
         empty = q.new_full(shape, -math.inf, dtype=wide)
-        return q.new_zeros((*shape, v.shape[-1]), dtype=wide), empty
+        return _block_output(q, v, over).zero_(), empty
     bias = mask
     if mask is not None and mask.dtype == torch.bool:
         bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -math.inf)
@@ -59,7 +62,7 @@ def _attention_lse(
         blind = ~shown.any(-1).broadcast_to(shape)
         lse = lse.masked_fill(blind, -math.inf)
         out = out.masked_fill(blind[..., None], 0.0)
-    return out.to(wide).contiguous(), lse.to(wide).contiguous()
+    return in_order(out.to(wide if over else q.dtype)), lse.to(wide).contiguous()
 
 
 def _kernel(
@@ -108,8 +111,13 @@ def _merge(
 def _attention_lse_fake(
     q: Any, k: Any, v: Any, mask: Any = None, scale: Any = None, gqa: bool = False, over: str = ""
 ) -> Any:
-    wide = accumulated(q.dtype)
-    return q.new_empty((*q.shape[:-1], v.shape[-1]), dtype=wide), q.new_empty(q.shape[:-1], dtype=wide)
+    return _block_output(q, v, over), q.new_empty(q.shape[:-1], dtype=accumulated(q.dtype))
+
+
+def _block_output(q: Any, v: Any, over: str) -> Any:
+    """Uninitialised memory for the output of one block, or of several that are merged."""
+    dtype = accumulated(q.dtype) if over else q.dtype
+    return empty_output((*q.shape[:-1], v.shape[-1]), q.new_empty(0, dtype=dtype))
 
 
 _LIB.impl("attention_lse", _attention_lse, "CompositeExplicitAutograd")
@@ -117,7 +125,9 @@ _LIB.impl("merge", _merge, "CompositeExplicitAutograd")
 _LIB.impl("redistribute_all", lambda xs, a, b: [x.clone() for x in xs], "CompositeExplicitAutograd")
 torch.library.register_fake("fastpar::attention_lse", _attention_lse_fake, lib=_LIB)
 torch.library.register_fake(
-    "fastpar::merge", lambda out, lse, block, block_lse: (torch.empty_like(out), torch.empty_like(lse)), lib=_LIB
+    "fastpar::merge",
+    lambda out, lse, block, block_lse: (torch.empty_like(out, dtype=lse.dtype), torch.empty_like(lse)),
+    lib=_LIB,
 )
 torch.library.register_fake(
     "fastpar::redistribute_all", lambda xs, a, b: [torch.empty_like(x) for x in xs], lib=_LIB

@@ -131,8 +131,9 @@ class Blockwise:
     def merged(self, total: Pair | None, block: Pair) -> Pair:
         if total is None:
             return block
-        values, layouts = (tuple(x.meta[key] for x in total) for key in ("val", "layout"))
-        return self.pair(self.emit(merge, (*total, *block), values, layouts))
+        with self.value.fake_mode:  # type: ignore[attr-defined]
+            values = tuple(merge(*(x.meta["val"] for x in (*total, *block))))
+        return self.pair(self.emit(merge, (*total, *block), values, tuple(x.meta["layout"] for x in total)))
 
     def finished(self, total: Pair) -> fx.Node:
         """The output in the attention's dtype."""
