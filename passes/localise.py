@@ -34,6 +34,7 @@ from fastpar.ops.collectives import (
     layouts_of,
     local,
     pack,
+    shapes_of,
     unpack,
 )
 from fastpar.ops.join import join, join_order
@@ -151,7 +152,7 @@ class _Writer:
         return self._emit(node, torch.ops.aten.cat.default, (pieces, dim))
 
     def all_to_all(self, node: fx.Node) -> _Started:
-        exchange = Exchange(*layouts_of(node), self.mesh, self.rank, dtypes_of(node))
+        exchange = Exchange(*layouts_of(node), self.mesh, self.rank, dtypes_of(node), keep=True)
         buffer = self._emit(node, pack, (self._map(node.args[0]), exchange.send_boxes))
         args = (buffer, exchange.receive_splits, exchange.send_splits, self._group(exchange.axes))
         started = self._emit(node, _C10D.all_to_all_single.default, args)
@@ -214,13 +215,36 @@ class _Started:
             x = self.exchange
             done = emit(self.node, unpack, (buffer, x.shapes, x.receive_boxes, *([x.dtypes] if x.dtypes else [])))
             done.meta["exchange"] = f"unpack from {self.name}"
-            count = len(self.node.args[0])  # type: ignore[arg-type]
-            self.parts = [emit(self.node, getitem, (done, i)) for i in range(count)]
+            self.parts = [emit(self.node, getitem, (done, i)) for i in range(len(shapes_of(x.shapes)))]
+            if isinstance(x, Exchange) and x.kept:
+                self.parts = self._around(x, self.parts)
             for i, part in enumerate(self.parts):  # of an exchange of several values, each has its own
                 for key in ("val", "layout"):
                     if isinstance(part.meta.get(key), (list, tuple)):
                         part.meta[key] = part.meta[key][i]
         return self.parts
+
+    def _around(self, exchange: Exchange, came: list[fx.Node]) -> list[fx.Node]:
+        """The values: what came, around what stayed."""
+        aten = torch.ops.aten
+
+        def emit(target: Any, *args: Any) -> fx.Node:
+            return self.writer._emit(self.node, target, args)
+
+        def cut(x: fx.Node, box: Box) -> fx.Node:
+            for d, (start, size) in enumerate(zip(box.src, box.size, strict=True)):
+                x = emit(aten.slice.Tensor, x, d, start, start + size)
+            return x
+
+        def cat(parts: list[fx.Node], d: int) -> fx.Node:
+            return emit(aten.cat.default, parts, d)
+
+        def empty(x: fx.Node, shape: tuple[int, ...]) -> fx.Node:
+            return emit(aten.new_empty.default, x, list(shape))
+
+        xs = self.writer._map(self.node.args[0])
+        # a value of its own also where all of it stays
+        return [emit(aten.clone.default, x) if x in xs else x for x in exchange.results(xs, came, cut, cat, empty)]
 
 
 @dataclass(frozen=True)

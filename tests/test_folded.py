@@ -88,10 +88,10 @@ def test_what_comes_in_one_piece_is_not_copied() -> None:
 def test_tiles_need_not_be_a_grid() -> None:
     x = torch.arange(24).view(4, 6)
     tiles = [((0, 0), x[:, :2]), ((0, 2), x[:1, 2:]), ((1, 2), x[1:, 2:3]), ((1, 3), x[1:, 3:])]
-    assert torch.equal(assemble(tiles), x)
+    assert torch.equal(assemble([(at, tuple(t.shape), t) for at, t in tiles], torch.cat), x)
     wheel = [((0, 0), x[:1, :4]), ((0, 4), x[:3, 4:]), ((1, 0), x[1:, :2]), ((3, 2), x[3:, 2:]), ((1, 2), x[1:3, 2:4])]
     with pytest.raises(ValueError, match="cannot be put together"):
-        assemble(wheel)
+        assemble([(at, tuple(t.shape), t) for at, t in wheel], torch.cat)
 
 
 def test_encode_and_pieces_agree_on_nothing() -> None:
@@ -113,3 +113,31 @@ def test_a_ring_sends_on_what_came() -> None:
         assert all((a.gm is b.gm) == (before == after) for a, b in zip(sent, written, strict=True))
         for got, want in zip(run_local(sent, [q]), run_local(written, [q]), strict=True):
             assert torch.equal(got[0], want[0])
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 5])
+def test_rows_that_stay_are_in_no_message(ranks: int) -> None:
+    """Halos of a convolution: the rank's own rows go straight to it, and the message holds what others need."""
+    torch.manual_seed(0)
+    x, w = torch.randn(1, 3, 41, 6, dtype=torch.float64), torch.randn(3, 3, 3, 3, dtype=torch.float64)
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        return F.conv2d(F.conv2d(x, w, padding=1).sin(), w, padding=1).cos()
+
+    recorded = fastpar.capture(model, (x,)).programs[0]
+    built = build(recorded.program, f"gather={ranks}")
+    written = [built.localise(rank) for rank in range(ranks)]
+    for rank, program in enumerate(written):
+        splits = [n.args[1:3] for n in program.graph.nodes if "all_to_all" in str(n.target)]
+        halos = [(received, sent) for received, sent in splits if sent[rank] == 0]
+        assert halos and all(received[rank] == 0 for received, _ in halos)
+        assert all(max(sent) <= 3 * 6 for _, sent in halos), "a row of three channels"
+    for got in run_local(written, list(recorded.args)):
+        assert torch.allclose(got[0], recorded.outputs[0], rtol=1e-12, atol=1e-12)
+    assert fastpar.verify(model, (x,), plan=f"gather={ranks}").ok
+
+
+def test_of_even_shares_all_travels() -> None:
+    mesh, whole, tokens = Mesh((("u", 2),)), "[1, 8@u(4*2), 4, 2]", "[1, 8, 4@u(2*2), 2]"
+    side = Exchange([Layout.parse(whole)], [Layout.parse(tokens)], mesh, 0, keep=True)
+    assert not side.kept and side.send_splits == [16, 16]

@@ -108,7 +108,7 @@ def _unpack(graph: fx.Graph, node: fx.Node, table: _Table) -> None:
         if [user.target for user in users] == [dequantize] and _takes(users[0]):
             rounded[lane], dtypes[lane] = True, users[0].args[1]
     many = pieces(boxes) > PIECES and all(map(movable, dtypes))  # type: ignore[arg-type]
-    if max(count) > RANK or not (any(rounded) or many):
+    if max(count, default=0) > RANK or not (any(rounded) or many):
         return
     made = table(boxes, sizes_of(dtypes, rounded))  # type: ignore[arg-type]
     kernel: Any = unpack_operator

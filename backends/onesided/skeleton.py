@@ -270,7 +270,7 @@ def _sizes_on(
     if node.target is all_reduce:
         numels = [math.prod(layout.local_shape(mesh, rank)) for layout in layouts[1]]
         return _Sizes(item, sum(n * (d.itemsize if mixed else 1) for n, d in zip(numels, dtypes, strict=True)))
-    exchange = Exchange(*layouts, mesh, rank, dtypes)
+    exchange = Exchange(*layouts, mesh, rank, dtypes, keep=node.target is all_to_all)
     if node.target is all_gather:
         return _Sizes(item, exchange.send_splits[0])
     return _Sizes(item, sum(exchange.send_splits), tuple(exchange.receive_splits), tuple(exchange.send_splits))

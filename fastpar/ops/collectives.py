@@ -15,8 +15,9 @@ every operator here is the identity.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 from torch import fx
@@ -96,7 +97,8 @@ def block(x: torch.Tensor, starts: Sequence[int], sizes: Sequence[int]) -> torch
     return x
 
 
-Tile = tuple[tuple[int, ...], torch.Tensor]  # where it begins in what it is a part of, and it
+T = TypeVar("T")
+Tile = tuple[tuple[int, ...], tuple[int, ...], T]  # where it begins in what it is a part of, its sizes, and it
 
 
 def flat_bytes(x: torch.Tensor) -> torch.Tensor:
@@ -138,40 +140,44 @@ def unpack_boxes(
     """
     kinds = dtypes_named(dtypes)
     out_shapes = shapes_of(shapes)
-    tiles: list[list[Tile]] = [[] for _ in out_shapes]
+    tiles: list[list[Tile[torch.Tensor]]] = [[] for _ in out_shapes]
     offset = 0
     for operand, starts, sizes in decode(flat):
         numel = math.prod(sizes) * (kinds[operand].itemsize if kinds else 1)
         piece = buffer.narrow(0, offset, numel)
         if kinds:  # a copy, since only what is aligned can be viewed as what it is
             piece = piece.clone().view(kinds[operand])
-        tiles[operand].append((starts, piece.view(sizes)))
+        tiles[operand].append((starts, sizes, piece.view(sizes)))
         offset += numel
     outs = []
     for i, (tile, shape) in enumerate(zip(tiles, out_shapes, strict=True)):
         if len(tile) == 1:
-            outs.append(tile[0][1].clone(memory_format=torch.contiguous_format))
+            outs.append(tile[0][2].clone(memory_format=torch.contiguous_format))
         else:
-            outs.append(assemble(tile) if tile else buffer.new_empty(shape, dtype=kinds[i] if kinds else None))
+            nothing = buffer.new_empty(shape, dtype=kinds[i] if kinds else None)
+            outs.append(assemble(tile, torch.cat) if tile else nothing)
     return outs
 
 
-def assemble(tiles: list[Tile]) -> torch.Tensor:
-    """Tiles (where each begins, and it) that fill a box to one tensor: cut into slabs along some dimension, the slabs
-    put together in turn. A tile alone is returned as it is. Raises ValueError where no straight cut is possible."""
+def assemble(tiles: list[Tile[T]], cat: Callable[[list[T], int], T]) -> T:
+    """Tiles that fill a box as one: cut into slabs along some dimension, which ``cat`` puts together in turn.
+
+    A tile alone is returned as it is. Raises ValueError where no straight cut is possible.
+    """
     if len(tiles) == 1:
-        return tiles[0][1]
-    for dim in range(tiles[0][1].dim()):
-        slabs: list[list[Tile]] = []
+        return tiles[0][2]
+    for dim in range(len(tiles[0][0])):
+        slabs: list[list[Tile[T]]] = []
         end = -1
         for tile in sorted(tiles, key=lambda t: t[0][dim]):
-            if tile[0][dim] >= end:
+            starts, sizes, _ = tile
+            if starts[dim] >= end:
                 slabs.append([])
             slabs[-1].append(tile)
-            end = max(end, tile[0][dim] + tile[1].shape[dim])
+            end = max(end, starts[dim] + sizes[dim])
         if len(slabs) > 1:
-            return torch.cat([assemble(slab) for slab in slabs], dim)
-    raise ValueError(f"tiles at {[t[0] for t in tiles]} of {[tuple(t[1].shape) for t in tiles]} cannot be put together")
+            return cat([assemble(slab, cat) for slab in slabs], dim)
+    raise ValueError(f"tiles at {[t[0] for t in tiles]} of {[t[1] for t in tiles]} cannot be put together")
 
 
 def _pack_fake(xs: Sequence[torch.Tensor], flat: Sequence[int]) -> torch.Tensor:
@@ -238,6 +244,10 @@ class Exchange:
     The buffer for a peer holds the first value's boxes, then the second's, and so on; so Q, K
     and V of one attention travel in one message however different their shapes are. ``dtypes`` are the values':
     where they differ, messages are of bytes, and so are the splits; ``unpack`` is then told the dtypes.
+
+    ``keep``: where more than three quarters of the results are there already (rows, to which halos come), they stay
+    out of the message. ``unpack`` then gives the boxes that came, and ``results`` puts them around what stays. Of less
+    it is cheaper to copy what stays along with the rest.
     """
 
     def __init__(
@@ -247,6 +257,7 @@ class Exchange:
         mesh: Mesh,
         rank: int,
         dtypes: Sequence[torch.dtype] = (),
+        keep: bool = False,
     ) -> None:
         self.axes = exchanged_axes(srcs, dsts, mesh)
         self.sides: list[Transfer] = [
@@ -256,21 +267,38 @@ class Exchange:
         peers = range(len(self.group))
         self.me = self.sides[0].me
         mixed = len(set(dtypes)) > 1
-        self.dtypes = names_of(dtypes) if mixed else ""
         sizes = [d.itemsize for d in dtypes] if mixed else [1] * len(self.sides)
         each = list(zip(self.sides, sizes, strict=True))
         self.send_splits = [sum(t.send_splits[p] * size for t, size in each) for p in peers]
         self.receive_splits = [sum(t.receive_splits[p] * size for t, size in each) for p in peers]
-        self.shapes = [n for t in self.sides for n in (len(t.shape), *t.shape)]
+        self.kept = keep and 4 * self.receive_splits[self.me] > 3 * sum(self.receive_splits)
+        self._held = [src.local_shape(mesh, rank) for src in srcs]
+        if self.kept:
+            self.send_splits[self.me] = self.receive_splits[self.me] = 0
+            shapes = [box.size for _, box in self._came]
+        else:
+            shapes = [t.shape for t in self.sides]
+        self.shapes = [n for shape in shapes for n in (len(shape), *shape)]
+        self.dtypes = names_of([dtypes[i] for i, _ in self._came] if self.kept else dtypes) if mixed else ""
+
+    @cached_property
+    def _came(self) -> list[tuple[int, Box]]:
+        """What others sent, in buffer order: the value, and the box of its result."""
+        others = [p for p in range(len(self.group)) if p != self.me]
+        return [(i, box) for p in others for i, t in enumerate(self.sides) for box in t.receives[p]]
 
     @cached_property
     def send_boxes(self) -> list[int]:
         """Boxes of the whole send buffer, peer by peer."""
-        return [n for p in range(len(self.group)) for n in self.send_boxes_to(p)]
+        peers = [p for p in range(len(self.group)) if not (self.kept and p == self.me)]
+        return [n for p in peers for n in self.send_boxes_to(p)]
 
     @cached_property
     def receive_boxes(self) -> list[int]:
         """Boxes of all that comes, peer by peer."""
+        if self.kept:
+            corner = [Box(b.src, (0,) * len(b.size), b.size) for _, b in self._came]
+            return encode(list(enumerate(corner)), "dst")
         return [n for p in range(len(self.group)) for n in self.receive_boxes_from(p)]
 
     def send_boxes_to(self, peer: int) -> list[int]:
@@ -280,6 +308,29 @@ class Exchange:
     def receive_boxes_from(self, peer: int) -> list[int]:
         """Boxes that come from one member of the group, in buffer order."""
         return encode([(i, b) for i, t in enumerate(self.sides) for b in t.receives[peer]], "dst")
+
+    def results(
+        self,
+        xs: Sequence[T],
+        came: Sequence[T],
+        cut: Callable[[T, Box], T],
+        cat: Callable[[list[T], int], T],
+        empty: Callable[[T, tuple[int, ...]], T],
+    ) -> list[T]:
+        """The values from what ``unpack`` gave, ``came``, and what stayed of ``xs``: tensors, or nodes that stand for
+        them. ``cut`` takes a box out of a value, ``empty`` makes one without numbers."""
+        if not self.kept:
+            return list(came)
+        tiles: list[list[Tile[T]]] = [[] for _ in self.sides]
+        for i, (x, side) in enumerate(zip(xs, self.sides, strict=True)):
+            for box in side.receives[self.me]:
+                tiles[i].append((box.dst, box.size, x if box.size == self._held[i] else cut(x, box)))
+        for (i, box), part in zip(self._came, came, strict=True):
+            tiles[i].append((box.dst, box.size, part))
+        return [
+            assemble(tile, cat) if tile else empty(x, side.shape)
+            for tile, x, side in zip(tiles, xs, self.sides, strict=True)
+        ]
 
 
 def gathers_evenly(src: Layout, dst: Layout, mesh: Mesh) -> bool:
@@ -298,7 +349,8 @@ def exchange_across(
     xs: Sequence[Sequence[torch.Tensor]], srcs: Sequence[Layout], dsts: Sequence[Layout], mesh: Mesh
 ) -> list[list[torch.Tensor]]:
     """N-rank meaning of ``all_to_all``: ``xs[value][rank]`` to results ``[value][rank]``, by messages."""
-    sides = [Exchange(srcs, dsts, mesh, rank, [x[0].dtype for x in xs]) for rank in range(mesh.ranks)]
+    dtypes = [x[0].dtype for x in xs]
+    sides = [Exchange(srcs, dsts, mesh, rank, dtypes, keep=True) for rank in range(mesh.ranks)]
     sent = [
         pack_boxes([x[rank] for x in xs], side.send_boxes).split(side.send_splits)
         for rank, side in enumerate(sides)
@@ -307,5 +359,8 @@ def exchange_across(
     for rank, side in enumerate(sides):
         me = side.group.index(rank)
         buffer = torch.cat([sent[peer][me] for peer in side.group])
-        results.append(unpack_boxes(buffer, side.shapes, side.receive_boxes, side.dtypes))
+        came = unpack_boxes(buffer, side.shapes, side.receive_boxes, side.dtypes)
+        mine = [x[rank] for x in xs]
+        cut: Callable[[torch.Tensor, Box], torch.Tensor] = lambda x, box: block(x, box.src, box.size)  # noqa: E731
+        results.append(side.results(mine, came, cut, torch.cat, torch.Tensor.new_empty))
     return [[results[rank][i] for rank in range(mesh.ranks)] for i in range(len(xs))]

@@ -115,7 +115,7 @@ def unpack_folded(
 ) -> list[torch.Tensor]:
     """``fastpar::unpack`` of ``buffer``; what arrives in one piece is a view of it."""
     kinds = dtypes_named(dtypes)
-    tiles: list[list[Tile]] = [[] for _ in shapes_of(shapes)]
+    tiles: list[list[Tile[torch.Tensor]]] = [[] for _ in shapes_of(shapes)]
     offset = 0
     for run in runs(decode(flat)):
         sizes = [math.prod(box[2]) * (kinds[box[0]].itemsize if kinds else 1) for box in run.boxes]
@@ -126,8 +126,8 @@ def unpack_folded(
                 row = row.clone(memory_format=torch.contiguous_format).view(kinds[box[0]])
             cut = row.unflatten(1, box[2]) if box[2] else row.squeeze(1)
             whole = cut.select(0, -1) if step == _STAYS else cut.movedim(0, step).flatten(step, step + 1)
-            tiles[box[0]].append((box[1], whole))
+            tiles[box[0]].append((box[1], tuple(whole.shape), whole))
     return [
-        assemble(tile).contiguous() if tile else buffer.new_empty(shape, dtype=kinds[i] if kinds else None)
+        assemble(tile, torch.cat).contiguous() if tile else buffer.new_empty(shape, dtype=kinds[i] if kinds else None)
         for i, (tile, shape) in enumerate(zip(tiles, shapes_of(shapes), strict=True))
     ]
