@@ -30,6 +30,8 @@ from fastpar.core.errors import OptionError
 from fastpar.graph.forward import forwarded
 from fastpar.graph.program import Program
 from fastpar.ops.folded import pack_folded, unpack_folded
+from fastpar.ops.moments import moments
+from fastpar.ops.moments import written as moments_written
 
 
 def compile_inductor(program: Program) -> Callable[[list[Any]], Sequence[Any]]:
@@ -45,6 +47,7 @@ def compile_inductor(program: Program) -> Callable[[list[Any]], Sequence[Any]]:
     table = dict(select_decomp_table())
     table[torch.ops.fastpar.pack.default] = pack_folded
     table[torch.ops.fastpar.unpack.default] = unpack_folded
+    table[moments] = moments_written
     gm, tables = forwarded(program.gm), list[torch.Tensor]()
     if gpu is not None and available():  # Triton kernels take what they fuse; their tables are inputs that never change
         gm, tables = with_kernels(gm, gpu)

@@ -63,6 +63,14 @@ def _layer_norm(call: Call) -> Factors:
     return Factors((names,) + (columns,) * (len(call.shapes) - 1), tuple(results), whole=whole)
 
 
+def _moments(call: Call) -> Factors:
+    """moments(x, dims): [2, *x with 1 along dims], a sum."""
+    names, dims = _names(call), set(call.args[1])
+    kept = tuple(None if i in dims else n for i, n in enumerate(names))
+    return Factors((names,), ((None, *kept),), reduced={names[d]: "sum" for d in dims})
+
+
+register("fastpar::moments", FactorRule(_moments))
 register(["aten::sum", "aten::nansum"], reduction("sum"))
 register("aten::mean", reduction(None, "a mean over split rows is written out as a sum"))
 register("aten::amax", reduction("max"))

@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from fastpar.core.inherit import inherited
 from fastpar.core.layout import Dim, Layout
 from fastpar.core.mesh import Mesh
+from fastpar.ops.moments import normalised
 from fastpar.ops.redistribute import redistribute
 from fastpar.rules import Call, has_rule, rule_for
 from fastpar.rules.spatial import CONVOLUTION, GroupNormRule, contracts, pad_arguments, padded
@@ -155,12 +156,8 @@ def _group_norm(call: Call, layouts: Sequence[Layout], mesh: Mesh) -> Written | 
     ) -> tuple[torch.Tensor, ...]:
         wide = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
         y = x.to(wide).reshape(n, groups, c // groups, *x.shape[2:])
-        dims = list(range(2, y.dim()))
-        # two passes: the mean of squares minus the squared mean would cancel
-        mean = aten.mean.dim(y, dims, True)
-        y = y - mean
-        rstd = aten.rsqrt.default(aten.mean.dim(y * y, dims, True) + eps)
-        y = (y * rstd).reshape(x.shape)
+        y, mean, rstd = normalised(y, list(range(2, y.dim())), c // groups * hw, eps)
+        y = y.reshape(x.shape)
         shape = [1, c] + [1] * (x.dim() - 2)
         if weight is not None:
             y = y * weight.to(wide).reshape(shape)

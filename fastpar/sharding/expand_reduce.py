@@ -15,6 +15,7 @@ import torch
 
 from fastpar.core.layout import Dim, Layout
 from fastpar.core.mesh import Mesh
+from fastpar.ops.moments import mean_and_variance, normalised
 from fastpar.ops.redistribute import redistribute
 from fastpar.ops.scan import part_ends, part_expand, scan_parts
 from fastpar.rules import Call
@@ -95,11 +96,8 @@ def variance(call: Call, layouts: Sequence[Layout], mesh: Mesh) -> Written | Non
     root, also_mean = "std" in call.name, call.name.endswith("_mean")
 
     def written(x: torch.Tensor, dim: Any = None, *args: Any, correction: Any = 1, keepdim: bool = False) -> Any:
-        y = _wide(x)
-        centre = aten.sum.dim_IntList(y, dims, True) * (1.0 / count)
-        y = y - centre  # two passes: the mean of squares minus the squared mean would cancel
-        over = max(0, count - (1 if correction is None else correction))
-        out = aten.sum.dim_IntList(y * y, dims, True) / over
+        centre, out = mean_and_variance(_wide(x), dims, count)
+        out = out * count / float(max(0, count - (1 if correction is None else correction)))
         out = aten.sqrt.default(out) if root else out
         out = out.reshape(call.shape).to(x.dtype)
         return (out, centre.reshape(call.shape).to(x.dtype)) if also_mean else out
@@ -136,11 +134,7 @@ def layer_norm(call: Call, layouts: Sequence[Layout], mesh: Mesh) -> Written | N
     count = math.prod(shape)
 
     def written(x: torch.Tensor, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Any:
-        y = _wide(x)
-        centre = aten.sum.dim_IntList(y, dims, True) * (1.0 / count)
-        y = y - centre
-        rstd = aten.rsqrt.default(aten.sum.dim_IntList(y * y, dims, True) * (1.0 / count) + eps)
-        y = y * rstd
+        y, centre, rstd = normalised(_wide(x), dims, count, eps)
         y = y if weight is None else y * weight
         y = y if bias is None else y + bias
         return y.to(x.dtype), centre, rstd

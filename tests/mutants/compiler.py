@@ -326,8 +326,8 @@ MUTANTS = (
         operator("softmax and its logarithm along split rows"),
     ),
     Mutant(
-        "a variance about zero", "fastpar/sharding/expand_reduce.py",
-        "        y = y - centre  # two passes", "        y = y + 0  # two passes",
+        "a variance about zero", "fastpar/ops/moments.py",
+        "(square - mean * mean)", "square",
         operator("deviations and norms along split rows"),
     ),
     Mutant(
