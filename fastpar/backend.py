@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from fastpar.core.errors import FastparError, OptionError
 from fastpar.core.options import Options
 from fastpar.graph.capture import compile_fx
+from fastpar.graph.devices import accelerator
 from fastpar.graph.dump import dumper
 from fastpar.graph.program import Program
 from fastpar.registry import LOWERINGS
@@ -124,11 +126,9 @@ def finish(program: Program, options: Options, group: Any, last: bool = False, h
 
 
 def _device(program: Program) -> torch.device:
-    for node in program.placeholders:
-        value = node.meta.get("val")
-        if isinstance(value, torch.Tensor) and (value.dim() > 0 or value.device.type != "cpu"):
-            return value.device
-    return torch.device("cpu")
+    """The accelerator that the program computes on, or else the CPU."""
+    values = ((n.name, v) for n in program.graph.nodes for v in tree_leaves(n.meta.get("val")))
+    return accelerator(values) or torch.device("cpu")
 
 
 def _announce(built: Built, lowering: str, seconds: float) -> None:

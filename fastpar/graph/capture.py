@@ -31,6 +31,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from fastpar.core.errors import CaptureError
 from fastpar.graph.decompose import TABLE
+from fastpar.graph.devices import accelerator, on_one_device
 from fastpar.graph.modules import name_modules
 from fastpar.graph.normalise import keep_whole
 from fastpar.graph.program import Input, Kind, Program, copy_module, source_line
@@ -67,13 +68,12 @@ def compile_fx(gm: fx.GraphModule, example_inputs: Sequence[Any], finish: Finish
     sequence of outputs. Returns what a ``torch.compile`` backend must return.
 
     Raises :class:`CaptureError` when the graph would need gradients or has
-    inputs on several devices.
+    inputs on several accelerators.
     """
     raise_recompile_limits()
     _check_gradients(gm)
-    _check_devices(gm, example_inputs)
-    graph_inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
-    described = [describe(node) for node in graph_inputs]
+    described = [describe(node) for node in gm.graph.find_nodes(op="placeholder")]
+    accelerator(zip((i.name for i in described), example_inputs, strict=True))
     gm = copy_module(gm)
     example_inputs = _specialise(gm, example_inputs)
     floats_as_tensors(gm)
@@ -120,17 +120,6 @@ def _check_gradients(gm: fx.GraphModule) -> None:
         value = node.meta.get("example_value")
         if isinstance(value, torch.Tensor) and value.requires_grad:
             raise CaptureError(_GRADIENTS)
-
-
-def _check_devices(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
-    devices: dict[torch.device, str] = {}
-    for node, value in zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True):
-        # Eager mixes numbers kept on the CPU with any device; so may a graph.
-        if isinstance(value, torch.Tensor) and (value.dim() > 0 or value.device.type != "cpu"):
-            devices.setdefault(value.device, describe(node).name)
-    if len(devices) > 1:
-        where = ", ".join(f"{name!r} on {device}" for device, name in devices.items())
-        raise CaptureError(f"the inputs of one graph are on several devices: {where}. Move them to one")
 
 
 def describe(node: fx.Node) -> Input:
@@ -221,6 +210,7 @@ def _program(flat: fx.GraphModule, described: Sequence[Input], notes: Sequence[s
     for position, node in enumerate(flat.graph.find_nodes(op="placeholder")):
         index = _origin(node.meta.get("desc"), position)
         inputs.append(described[index] if index is not None else Input(node.name, "user"))
+    on_one_device(flat)
     name_modules(flat.graph)
     tidy(flat)
     held = {n for n, i in zip(flat.graph.find_nodes(op="placeholder"), inputs, strict=True) if i.kind != "user"}
