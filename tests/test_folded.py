@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from operator import getitem
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import fx
 
 import fastpar
 from fastpar.backends.simulate.lockstep import run_local
 from fastpar.core.layout import Layout
 from fastpar.core.mesh import Mesh
 from fastpar.graph.forward import forwarded
-from fastpar.ops.collectives import Exchange, assemble, decode, encode, pack, pack_boxes, unpack_boxes
+from fastpar.ops.collectives import Exchange, assemble, decode, encode, pack, pack_boxes, unpack, unpack_boxes
 from fastpar.ops.folded import Run, pack_folded, pieces, runs, unpack_folded
 from fastpar.ops.redistribute import take
 from fastpar.run.build import build
@@ -141,3 +143,20 @@ def test_of_even_shares_all_travels() -> None:
     mesh, whole, tokens = Mesh((("u", 2),)), "[1, 8@u(4*2), 4, 2]", "[1, 8, 4@u(2*2), 2]"
     side = Exchange([Layout.parse(whole)], [Layout.parse(tokens)], mesh, 0, keep=True)
     assert not side.kept and side.send_splits == [16, 16]
+
+
+def test_what_is_packed_in_another_order_is_packed() -> None:
+    boxes = [0, 1, 0, 6, 1, 1, 0, 6]
+
+    def program(*order: int) -> fx.GraphModule:
+        graph = fx.Graph()
+        done = graph.call_function(unpack, (graph.placeholder("buffer"), [1, 6, 1, 6], boxes))
+        parts = [graph.call_function(getitem, (done, i)) for i in order]
+        graph.output((graph.call_function(pack, (parts, boxes)),))
+        return fx.GraphModule({}, graph)
+
+    buffer = torch.arange(12.0)
+    for order, packed in (((0, 1), 0), ((1, 0), 1)):
+        sent = forwarded(program(*order))
+        assert sum(n.target is pack for n in sent.graph.nodes) == packed
+        assert torch.equal(sent(buffer)[0], program(*order)(buffer)[0])
