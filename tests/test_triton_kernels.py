@@ -118,6 +118,7 @@ KERNELS: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "quantize": (rows._quantize_rows, "*bf16", {**TILE, "WIDTH": 128}),
     "dequantize": (rows._dequantize_rows, "*u8", {**TILE, "WIDTH": 128}),
     "merge": (merge._merge, "*fp32", {**TILE, "WIDTH": 128}),
+    "merge_blocks": (merge._merge, "*fp32", {**TILE, "WIDTH": 128}),  # the first two, as attention writes them
     "normed": (normed._normed, "*bf16", {**TILE, "WIDTH": 128, "NORM": 2, "WEIGHT": True, "BIAS": False, "SCALE": True,
                                          "ROTARY": 1, "ROUNDED": True, "ITEM": 2}),
     "checksums": (checksums._checksums, "*i64", {"S": STIR, "C": STEP, "R": ROW, "H": 16, "W": COLUMNS}),
@@ -139,14 +140,15 @@ def test_it_compiles_to_machine_code(name: str, arch: int, tmp_path: Path, monke
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     kernel, kind, constants = KERNELS[name]
     sizes = {n: "constexpr" if n in constants else SENT.get(n, "i32") for n in kernel.arg_names}
-    pointers = POINTERS - (STRIDES_OF_MERGE if name == "merge" else set())
+    pointers = POINTERS - (STRIDES_OF_MERGE if name.startswith("merge") else set())
     sizes |= {n: kind for n in kernel.arg_names if n in pointers} | ({"eps": "fp32"} if name == "normed" else {})
     sizes |= {"out": "*bf16"} if name == "dequantize" else {}
+    sizes |= {"x": "*bf16", "y": "*bf16"} if name == "merge_blocks" else {}
     given = {(kernel.arg_names.index(n),): value for n, value in constants.items()}
     done = triton.compile(ASTSource(kernel, sizes, constexprs=given), target=GPUTarget("cuda", arch, 32))
     assert done.asm["cubin"]
     ptx = done.asm["ptx"]
-    assert ".ftz" not in ptx or name in ("merge",)  # small numbers are numbers
+    assert ".ftz" not in ptx or name.startswith("merge")  # small numbers are numbers
     if name in ("pack_quantized", "quantize"):
         assert "div.rn.f32" in ptx and "div.full" not in ptx and "div.approx" not in ptx  # what torch computes
 
