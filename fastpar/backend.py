@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves
 
 from fastpar.core.errors import FastparError, OptionError
 from fastpar.core.options import Options
 from fastpar.graph.capture import compile_fx
-from fastpar.graph.devices import accelerator
+from fastpar.graph.devices import device_of
 from fastpar.graph.dump import dumper
 from fastpar.graph.program import Program
 from fastpar.registry import LOWERINGS
@@ -127,8 +126,7 @@ def finish(program: Program, options: Options, group: Any, last: bool = False, h
 
 def _device(program: Program) -> torch.device:
     """The accelerator that the program computes on, or else the CPU."""
-    values = ((n.name, v) for n in program.graph.nodes for v in tree_leaves(n.meta.get("val")))
-    return accelerator(values) or torch.device("cpu")
+    return device_of(program.graph) or torch.device("cpu")
 
 
 def _announce(built: Built, lowering: str, seconds: float) -> None:

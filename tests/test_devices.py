@@ -73,3 +73,5 @@ def test_two_accelerators_are_refused() -> None:
     with pytest.raises(CaptureError, match="several devices: 'x' on cuda:0, 'y' on cuda:1"):
         accelerator(values)
     assert accelerator(values[:1]) == GPU and accelerator([("t", torch.empty(2))]) is None
+    with pytest.raises(CaptureError, match="'w' on meta, 't' on cpu"):  # a weight that was never loaded
+        accelerator([("w", torch.empty(2, device="meta")), ("t", torch.empty(2))])

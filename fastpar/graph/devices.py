@@ -22,21 +22,31 @@ _COPY = torch.ops.aten._to_copy.default
 
 
 def accelerator(tensors: Iterable[tuple[str, Any]]) -> torch.device | None:
-    """The one device that is not the CPU among these (name, value). Raises CaptureError where there are several."""
+    """The one device that is not the CPU among these (name, value).
+
+    Raises CaptureError where there are several, or where some are on ``meta``, which has no values, and others are not.
+    """
     found: dict[torch.device, str] = {}
     for name, value in tensors:
-        if isinstance(value, torch.Tensor) and value.device.type != "cpu":
+        if isinstance(value, torch.Tensor) and (value.dim() > 0 or value.device.type != "cpu"):
             found.setdefault(value.device, name)
-    if len(found) > 1:
+    others = [device for device in found if device.type != "cpu"]
+    if len(others) > 1 or (len(found) > 1 and any(device.type == "meta" for device in found)):
         where = ", ".join(f"{name!r} on {device}" for device, name in found.items())
         raise CaptureError(f"the inputs of one graph are on several devices: {where}. Move them to one")
-    return next(iter(found), None)
+    return next(iter(others), None)
+
+
+def device_of(graph: fx.Graph) -> torch.device | None:
+    """The accelerator on which a captured graph computes anything; None for one that computes on the CPU alone."""
+    values = ((n.name, v) for n in graph.nodes for v in pytree.tree_leaves(n.meta.get("val")))
+    return accelerator((name, v) for name, v in values if isinstance(v, torch.Tensor) and v.device.type != "meta")
 
 
 def on_one_device(gm: fx.GraphModule) -> None:
     """Rewrite a functional ATen graph in place so that all its tensors with dimensions are on its accelerator."""
     graph = gm.graph
-    device = accelerator((n.name, v) for n in graph.nodes for v in pytree.tree_leaves(n.meta.get("val")))
+    device = device_of(graph)
     if device is None or not any(_on_host(v) for n in graph.nodes for v in pytree.tree_leaves(n.meta.get("val"))):
         return
     returned = {n: n.meta.get("val") for n in graph.output_node().all_input_nodes}
