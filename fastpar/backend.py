@@ -125,8 +125,10 @@ def finish(program: Program, options: Options, group: Any, last: bool = False, h
 
 
 def _device(program: Program) -> torch.device:
-    """The accelerator that the program computes on, or else the CPU."""
-    return device_of(program.graph) or torch.device("cpu")
+    """The accelerator that the program computes on, or else that of its inputs (a model on ``meta``), or the CPU."""
+    values = [n.meta.get("val") for n in program.placeholders]
+    given = next((v.device for v in values if isinstance(v, torch.Tensor) and v.dim() > 0), torch.device("cpu"))
+    return device_of(program.graph) or given
 
 
 def _announce(built: Built, lowering: str, seconds: float) -> None:
