@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastpar.ops.collectives import decode
+from fastpar.ops.collectives import decode, shapes_of
 
 ENTRIES = 10
 RANK = 4
@@ -77,8 +77,4 @@ def groups(lanes: Sequence[int]) -> list[list[int]]:
 
 def ranks(shapes: Sequence[int]) -> list[int]:
     """How many dimensions each of ``shapes`` has ([rank, *sizes] each)."""
-    out, i = [], 0
-    while i < len(shapes):
-        out.append(shapes[i])
-        i += 1 + shapes[i]
-    return out
+    return [len(shape) for shape in shapes_of(shapes)]

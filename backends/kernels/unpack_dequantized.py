@@ -15,7 +15,7 @@ from fastpar.backends.kernels.copies import move, takes
 from fastpar.backends.kernels.launch import FLOATS, jit, operator, power, tl, wrap_triton
 from fastpar.backends.kernels.numbers import load_quantized, narrow, rows_of
 from fastpar.backends.kernels.table import RANK, groups, lanes_of, make_table, ranks, tiles
-from fastpar.ops.collectives import dtypes_named, names_of, unpack_boxes
+from fastpar.ops.collectives import dtypes_named, names_of, shapes_of, unpack_boxes
 from fastpar.ops.quantize import SCALE_BYTES, dequantize
 
 
@@ -76,15 +76,11 @@ def sizes_of(dtypes: Sequence[torch.dtype], rounded: Sequence[bool]) -> list[int
 
 
 def _fake(buffer: torch.Tensor, shapes: Sequence[int], dtypes: str, rounded: Sequence[bool]) -> list[torch.Tensor]:
-    outs: list[torch.Tensor] = []
-    i = 0
-    for dtype, is_rounded in zip(dtypes_named(dtypes), rounded, strict=True):
-        shape = list(shapes[i + 1 : i + 1 + shapes[i]])
-        if is_rounded:
-            shape[-1] -= SCALE_BYTES
-        outs.append(buffer.new_empty(shape, dtype=dtype))
-        i += 1 + shapes[i]
-    return outs
+    lanes = zip(shapes_of(shapes), dtypes_named(dtypes), rounded, strict=True)
+    return [
+        buffer.new_empty((*shape[:-1], shape[-1] - SCALE_BYTES) if is_rounded else shape, dtype=dtype)
+        for shape, dtype, is_rounded in lanes
+    ]
 
 
 def launch(

@@ -39,16 +39,30 @@ class Run:
 
 def runs(boxes: Sequence[Box]) -> list[Run]:
     """A list of boxes as few runs: from the first box that is left, each time the run that covers most."""
+    places: dict[Box, list[int]] = {}
+    for i, box in enumerate(boxes):
+        places.setdefault(box, []).append(i)
     found: list[Run] = []
     i = 0
     while i < len(boxes):
-        candidates = [_run(boxes, i, length) for length in range(1, (len(boxes) - i) // 2 + 1)]
-        best = max(candidates, key=_covered, default=None)
-        if best is None or best.count == 1:
-            best = Run(1, (boxes[i],), (_STAYS,))
+        best = Run(1, (boxes[i],), (_STAYS,))
+        # only where the same box, or the one behind it, comes again can a run come round
+        again = sorted(k for box in _following(boxes[i]) for k in places.get(box, ()) if k > i)
+        for k in again:
+            best = max(best, _run(boxes, i, k - i), key=_covered)
+            if _covered(best) == len(boxes) - i:
+                break
         found.append(best)
         i += _covered(best)
     return found
+
+
+def _following(box: Box) -> list[Box]:
+    """The box itself, and the box next to it along each dimension."""
+    lane, starts, sizes = box
+    moved = [tuple(s + n * (k == d) for k, (s, n) in enumerate(zip(starts, sizes, strict=True)))
+             for d in range(len(sizes))]  # fmt: skip
+    return [(lane, at, sizes) for at in dict.fromkeys([starts, *moved])]
 
 
 def _covered(run: Run) -> int:

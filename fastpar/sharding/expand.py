@@ -2,7 +2,7 @@
 
 Whole, each stays the one operator that it is. Split, its rule could only gather; written
 out, every part has a rule: a mean is a sum (partial over ranks) times a number, a padded
-convolution is a pad and a convolution over windows, group norm is two means, a causal
+convolution is a pad and a convolution over windows, group norm is its moments, a causal
 attention is one with its mask. One function per operator, in plain torch, traced and put in
 its place; the walk then goes over the new operators like over any others.
 """
