@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastpar.ops import ring
@@ -32,6 +33,7 @@ class Kernel(NamedTuple):
     v: tuple[int, ...] = (B, H, CUTS[-1], 8)
 
 
+CUDNN = "_scaled_dot_product_cudnn_attention"
 FLASH, EFFICIENT = "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention"
 KERNELS = {
     "flash on the CPU": Kernel(f"{FLASH}_for_cpu", "cpu", torch.float64),
@@ -122,10 +124,35 @@ def test_hidden_blocks_and_rows(name: str, hidden: str, kind: str, monkeypatch: 
 
 
 @pytest.mark.gpu
-def test_flash_on_a_gpu_takes_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("backend", "target"), [(SDPBackend.FLASH_ATTENTION, FLASH), (SDPBackend.CUDNN_ATTENTION, CUDNN)]
+)
+def test_without_a_mask_a_block_takes_what_torch_would_take(
+    backend: SDPBackend, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
     q, k, v = (torch.randn(s).to("cuda", torch.bfloat16) for s in PLAIN)
-    assert FLASH in called_by(monkeypatch, q, k, v, None)
+    with sdpa_kernel(backend):
+        if torch._fused_sdp_choice(q, k, v) != backend.value:
+            pytest.skip(f"torch has no {backend} here")
+        assert target in called_by(monkeypatch, q, k, v, None)
+
+
+def test_cudnn_s_logsumexp_has_a_dimension_more() -> None:
+    """On the CPU, where the operator is torch's reference in that form."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(s).double() for s in PLAIN)
+
+    def kernel(q: Any, k: Any, v: Any, bias: Any, lse: bool, *args: Any, scale: Any = None) -> tuple[Any, ...]:
+        assert bias is None and lse and not any(args)
+        scores = q @ k.mT * scale
+        return scores.softmax(-1) @ v, scores.logsumexp(-1, keepdim=True), None, None, 0, 0, None, None, None
+
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        library.impl(CUDNN, kernel, "CPU")
+        out, lse = ring._cudnn(q, k, v, 0.25)
+    want = attention_lse(q, k, v, None, 0.25)
+    torch.testing.assert_close((out, lse), want, atol=1e-12, rtol=1e-12)
 
 
 NONSENSE = {"0": (0.0, 0.0), "nan": (math.nan, math.nan), "inf": (1.0, math.inf), "a mean of values": (0.5, -1e30)}

@@ -17,6 +17,7 @@ import math
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend
 from torch.utils.flop_counter import register_flop_formula
 
 from fastpar.ops.attention import empty_output, in_order
@@ -79,6 +80,8 @@ def _kernel(
             bias = bias.to(q.dtype).expand(*q.shape[:-1], k.shape[-2])
         return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, attn_mask=bias, scale=scale)
     if same and q.device.type == "cuda" and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0:
+        if bias is None and torch._fused_sdp_choice(q, k, v, scale=scale) == SDPBackend.CUDNN_ATTENTION.value:
+            return _cudnn(q, k, v, scale)
         if bias is None and q.shape[-1] <= 256:
             out = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False, False, scale=scale)
             return out[0], out[1][..., : q.shape[-2]]
@@ -94,6 +97,13 @@ def _kernel(
     lse = torch.logsumexp(scores, -1)
     weights = (scores - lse.masked_fill(lse == -math.inf, 0.0)[..., None]).exp()
     return weights @ v.to(wide), lse
+
+
+def _cudnn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """cuDNN's kernel, which torch prefers on Hopper and Blackwell: a block takes what the whole attention would take.
+    Its logsumexp has a last dimension of one."""
+    out = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, False, False, scale=scale)
+    return out[0], out[1].reshape(q.shape[:-1])
 
 
 def _merge(
