@@ -20,10 +20,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from fastpar.core.inherit import inherited
-from fastpar.core.layout import Dim, Layout
+from fastpar.core.layout import Layout
 from fastpar.core.mesh import Mesh
 from fastpar.ops.moments import normalised
-from fastpar.ops.redistribute import redistribute
 from fastpar.rules import Call, has_rule, rule_for
 from fastpar.rules.spatial import CONVOLUTION, GroupNormRule, contracts, pad_arguments, padded
 from fastpar.sharding import expand_reduce, expand_resample, expand_rows, expand_spatial
@@ -199,8 +198,8 @@ def _addmm(call: Call, layouts: Sequence[Layout], mesh: Mesh) -> Written | None:
 def _causal(call: Call, layouts: Sequence[Layout], mesh: Mesh) -> Written | None:
     """Rows of a causal attention are no longer where the kernel would think.
 
-    The mask is ``arange(S)[:, None] >= arange(T)``, its rows cut before it is made, so that
-    each rank only ever has its own rows of it.
+    The mask is ``arange(S)[:, None] >= arange(T)``, of which each rank makes the rows that it
+    ends up with: cuts move up (``cut_early``), and where all rows come back (Ulysses) there is none.
     """
     if not call.arg(4, "causal", False):
         return None
@@ -208,13 +207,10 @@ def _causal(call: Call, layouts: Sequence[Layout], mesh: Mesh) -> Written | None
     rows, keys = call.shapes[0][-2], call.shapes[1][-2]
     if split.is_whole:
         return None
-    whole, cut = Layout((Dim.whole(rows), Dim.whole(1))), Layout((split, Dim.whole(1)))
 
     def written(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any = None, causal: bool = True,
                 scale: Any = None, gqa: bool = False) -> torch.Tensor:  # fmt: skip
-        index = torch.arange(rows, device=q.device).view(rows, 1)
-        index = redistribute(index, str(whole), str(cut))
-        mask = index >= torch.arange(keys, device=q.device)
+        mask = torch.arange(rows, device=q.device).view(rows, 1) >= torch.arange(keys, device=q.device)
         return torch.ops.fastpar.attention.default(q, k, v, mask, False, scale, gqa)
 
     return written

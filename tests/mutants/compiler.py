@@ -145,7 +145,7 @@ MUTANTS = (
     ),
     Mutant(
         "a causal row does not see itself", "fastpar/sharding/expand.py",
-        "mask = index >= torch.arange", "mask = index > torch.arange", plan("causal with a scale of its own"),
+        ".view(rows, 1) >= torch.arange", ".view(rows, 1) > torch.arange", plan("causal with a scale of its own"),
     ),
     Mutant(
         "the mask stays where it was", "passes/attention_ulysses.py",
