@@ -24,6 +24,7 @@ from torch.fx.traceback import preserve_node_meta
 
 from fastpar.backends.cache import kept
 from fastpar.backends.kernels.choose import available, with_kernels
+from fastpar.backends.message_order import in_message_order
 from fastpar.backends.pinned import pin
 from fastpar.backends.ranges import PROVENANCE, numbered, under_profilers, wrapper_of, wrapper_with_ranges
 from fastpar.core.errors import OptionError
@@ -57,6 +58,7 @@ def compile_inductor(program: Program) -> Callable[[list[Any]], Sequence[Any]]:
     gm, names = numbered(gm)
     with mode, torch.no_grad(), preserve_node_meta():
         traced = make_fx(fx.Interpreter(gm).run, decomposition_table=table)(*values)
+    in_message_order(traced.graph, mode)
     pin(traced.graph, compute=bool(program.gm.meta.get("pinned")))
     traced.recompile()
     level = config.trace.provenance_tracking_level or PROVENANCE  # more, if the user asks Inductor for more
