@@ -8,6 +8,12 @@ from typing import Any
 from fastpar.graph.pipeline import Pass
 
 
+def _arrange() -> type[Pass]:
+    from fastpar.passes.arrange import Arrange
+
+    return Arrange
+
+
 def _attention_gather() -> type[Pass]:
     from fastpar.passes.attention_gather import AttentionGather
 
@@ -114,6 +120,7 @@ PASSES: dict[str, Callable[[], type[Pass]]] = {
     "cancel": _cancel,
     "quantize": _quantize,
     "lower": _lower,
+    "arrange": _arrange,
     "split-weights": _split_weights,
     "hoist": _hoist,
     "pack": _pack,

@@ -18,6 +18,7 @@ from fastpar.core.inherit import inherited
 from fastpar.core.layout import Layout
 from fastpar.core.mesh import Mesh
 from fastpar.core.transfer import Box, transfer
+from fastpar.graph.arrival import in_arrival_order
 from fastpar.graph.modules import complete
 from fastpar.graph.pipeline import Pass, PassContext
 from fastpar.graph.program import Program, module_of
@@ -39,6 +40,7 @@ from fastpar.ops.collectives import (
 )
 from fastpar.ops.join import join, join_order
 from fastpar.rules.localise import Localiser
+from fastpar.sharding.blockwise import blockwise
 
 _C10D = torch.ops._c10d_functional
 
@@ -60,7 +62,9 @@ class Localise(Pass):
 
     def apply(self, program: Program, ctx: PassContext) -> Program:
         writer = _Writer(program, ctx.mesh, self.rank, getattr(ctx, "groups", None) or {})
-        gm = module_of(program.gm, writer.run(), f"Rank{self.rank}")
+        graph = writer.run()
+        in_arrival_order(graph)
+        gm = module_of(program.gm, graph, f"Rank{self.rank}")
         return Program(gm, program.inputs, "localised", program.name, ctx.mesh, program.plan, program.notes)
 
 
@@ -135,7 +139,7 @@ class _Writer:
                 start = boxes[0].src[d]
                 x = self._emit(node, torch.ops.aten.slice.Tensor, (x, d, start, start + want))
         sliced = x is not self._value(node.args[0])  # type: ignore[arg-type]
-        if sliced and node.meta.get("why") != "weight":  # products take a weight's slice as a view
+        if sliced and not _read_in_place(node):
             x = self._emit(node, torch.ops.aten.clone.default, (x,), {"memory_format": torch.contiguous_format})
         return x
 
@@ -182,6 +186,15 @@ class _Writer:
         started.meta["exchange"] = name
         started.args[0].meta["exchange"] = f"pack for {name}"  # type: ignore[union-attr]
         return _Started(self, node, started, exchange, name)
+
+
+def _read_in_place(node: fx.Node) -> bool:
+    """Whether a slice may be a view: products take a weight's, attentions and messages any."""
+    if node.meta.get("why") == "weight":
+        return True
+    permute = torch.ops.aten.permute.default
+    users = [u for user in node.users for u in (user.users if user.target is permute else [user])]
+    return all(blockwise(user) or user.target in COLLECTIVES for user in users)
 
 
 @dataclass(frozen=True)

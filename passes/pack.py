@@ -11,12 +11,18 @@ from dataclasses import dataclass
 from operator import getitem
 from typing import Any, ClassVar
 
+import torch
 from torch import fx
 
+from fastpar.core.inherit import inherited
+from fastpar.core.layout import Dim, Layout
 from fastpar.core.mesh import Mesh
 from fastpar.graph.pipeline import Pass, PassContext
 from fastpar.graph.program import Program
-from fastpar.ops.collectives import COLLECTIVES, all_reduce, axes_of, dtypes_of
+from fastpar.ops.collectives import COLLECTIVES, all_reduce, axes_of, dtypes_of, layouts_of
+from fastpar.ops.quantize import quantize
+
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,7 @@ class Pack(Pass):
             if self.ahead:
                 group = _but_first(group, depth)
             if len(group) > 1:
-                _join(program.graph, sorted(group))
+                (_stack if _alike(group) else _join)(program.graph, sorted(group))
         program.gm.recompile()
         return program
 
@@ -116,4 +122,59 @@ def _join(graph: fx.Graph, group: list[fx.Node]) -> None:
             part.replace_all_uses_with(after)
             graph.erase_node(part)
         offset += len(node.args[0])  # type: ignore[arg-type]
+        graph.erase_node(node)
+
+
+def _alike(group: list[fx.Node]) -> bool:
+    """Whether these are values of one shape on the same way to an attention (or from one), and numbers."""
+    values = [(*map(str, layouts_of(node)), *dtypes_of(node)) for node in group]
+    parts = [part for node in group for part in node.users]
+    return (
+        len(set(values)) == 1
+        and all(len(node.meta["val"]) == 1 and node.args[0][0].target is not quantize for node in group)  # type: ignore
+        and len(orders := {_permutation(part) for part in parts}) == 1
+        and None not in orders
+    )
+
+
+def _permutation(part: fx.Node) -> str | None:
+    """How users permute what they get: what ``arrange`` wrote; None where they do something else with it."""
+    back = {str(user.args[1]) for user in part.users if user.target is aten.permute.default}
+    rest = [user for user in part.users if user.target not in (aten.permute.default, *COLLECTIVES)]
+    return back.pop() if len(back) == 1 and not rest else None
+
+
+def _stack(graph: fx.Graph, group: list[fx.Node]) -> None:
+    """One collective for values of one shape: row by row next to each other, so that rows that come still adjoin.
+
+    Behind one another, a peer's keys would lie between its queries and the next peer's.
+    """
+    place = max(x for node in group for x in node.all_input_nodes)
+
+    def emit(target: Any, args: tuple[Any, ...], value: Any, layout: Any, like: fx.Node) -> fx.Node:
+        nonlocal place
+        with graph.inserting_after(place):
+            place = graph.call_function(target, args)
+        place.meta = {**inherited(like.meta, "why", "hoisted"), "val": value, "layout": layout}
+        return place
+
+    def beside(layout: Layout, count: int) -> Layout:
+        return Layout((layout.dims[0], Dim.whole(count), *layout.dims[1:]))
+
+    first = group[0]
+    [src], [dst] = layouts_of(first)
+    rows = []
+    for node in group:
+        x: Any = node.args[0][0]  # type: ignore[index, union-attr]
+        rows.append(emit(aten.unsqueeze.default, (x, 1), x.meta["val"].unsqueeze(1), beside(src, 1), node))
+    src, dst = (beside(layout, len(group)) for layout in (src, dst))
+    value = torch.cat([x.meta["val"] for x in rows], 1)
+    stacked = emit(aten.cat.default, (rows, 1), value, src, first)
+    several = emit(first.target, ([stacked], [str(src)], [str(dst)]), [value], (dst,), first)
+    several.meta = {**first.meta, **several.meta}
+    came = emit(getitem, (several, 0), value, dst, first)
+    for i, node in enumerate(group):
+        for part in list(node.users):
+            part.replace_all_uses_with(emit(aten.select.int, (came, 1, i), part.meta["val"], part.meta["layout"], part))
+            graph.erase_node(part)
         graph.erase_node(node)

@@ -36,8 +36,8 @@ from fastpar.graph.program import Program, source_line
 from fastpar.ops.join import join
 from fastpar.ops.quantize import dequantize, from_bytes, quantize, row_bytes, to_bytes
 from fastpar.ops.redistribute import redistribute
-from fastpar.ops.ring import attention_lse, merge, redistribute_all
-from fastpar.sharding.candidates import is_attention
+from fastpar.ops.ring import redistribute_all
+from fastpar.sharding.blockwise import attended, blockwise
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class _Moves:
                 operand = _operand(user, value)
                 if operand:
                     yield from operand
-                elif any(map(_attended, move.sources)):
+                elif any(map(attended, move.sources)):
                     yield "o"
                 else:
                     yield "h" if any(map(_overlaps, move.values)) else "g"
@@ -165,24 +165,11 @@ def _moved_from(node: fx.Node) -> list[fx.Node] | None:
     return None
 
 
-def _blockwise(node: fx.Node) -> bool:
-    return is_attention(node) or node.target is attention_lse
-
-
 def _operand(user: fx.Node, value: fx.Node) -> str:
     """Which of q, k and v of an attention ``value`` is; "m" for its mask, "" for other operators."""
-    if not _blockwise(user):
+    if not blockwise(user):
         return ""
     return "".join(letter for letter, arg in zip("qkvm", user.args, strict=False) if arg is value)
-
-
-def _attended(node: fx.Node) -> bool:
-    """Whether the value is what an attention gave, put together from blocks and cast at most."""
-    while not _blockwise(node):
-        if node.target not in (getitem, merge, torch.ops.aten._to_copy.default) or not node.all_input_nodes:
-            return False
-        node = node.all_input_nodes[0]
-    return True
 
 
 def _overlaps(node: fx.Node) -> bool:

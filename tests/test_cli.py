@@ -147,7 +147,7 @@ def test_verify_in_float32_has_another_tolerance() -> None:
 
 def test_explain_shows_shares_bytes_and_collectives() -> None:
     said = run("explain", "models:tiny", *ULYSSES)
-    for part in ("shard,attention-ulysses,cancel,lower,split-weights,hoist", "1/3 is 0.3333", "attainable",
+    for part in ("shard,attention-ulysses,cancel,lower,arrange,split-weights,hoist", "1/3 is 0.3333", "attainable",
                  "all_to_all", "ulysses",
                  "collectives per call", "no fallbacks", "seconds: shard"):  # fmt: skip
         assert part in said, part

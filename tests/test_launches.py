@@ -25,7 +25,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed (pip install 'fastpar[test]' on Linux)")
     out = tmp_path_factory.mktemp("launches") / "out.json"
-    plans = (ONE, "ulysses=8", "ring=8", "ulysses=5")
+    plans = (ONE, "ulysses=8", "ring=8", "ulysses=5", "gather=8")
     command = [sys.executable, "-m", "benchmarks.launches", "--layers", "1", "--single", "1", "--out", str(out)]
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run([*command, "--plans", *plans], cwd=ROOT, env=env, capture_output=True, text=True)
@@ -47,6 +47,14 @@ def test_a_rank_launches_few_kernels_more_than_one_device(rows: dict[str, Any], 
 def test_copies_of_a_rank_are_less_than_half_of_its_share(rows: dict[str, Any], plan: str) -> None:
     """What Inductor's kernels move, against an eighth of one device's."""
     assert rows[plan]["megabytes"] < 1.5 * rows[ONE]["megabytes"] / 8
+
+
+@pytest.mark.parametrize("plan", ["ulysses=8", "gather=8"])
+def test_attentions_read_what_came_where_it_lies(rows: dict[str, Any], plan: str) -> None:
+    """Of an attention's four exchanges, one kernel puts each of q, k and v into its message, as one device computes
+    them, and one takes the output out. So a rank moves little more than its share."""
+    assert rows[plan]["megabytes"] < 1.15 * rows[ONE]["megabytes"] / 8
+    assert rows[plan]["kernels"] <= rows[ONE]["kernels"] + 4 * rows[ONE]["attentions"]
 
 
 def test_a_ring_copies_nothing_between_blocks(rows: dict[str, Any]) -> None:

@@ -31,9 +31,11 @@ from fastpar.backends.onesided.slots import PUT, READ, Slots, Traffic, assign
 from fastpar.backends.simulate import run_calls, run_local
 from fastpar.backends.simulate.sided import Heaps, Message
 from fastpar.core.errors import AgreementError, CheckError, FastparError, OptionError
+from fastpar.core.plan import Plan
 from fastpar.graph.program import Program
 from fastpar.graph.prologue import split
 from fastpar.ops.onesided import HeapSpec, heap_of, is_onesided, put
+from fastpar.plan.expand import pipeline_text
 from fastpar.run import onesided as running
 from fastpar.run.agree import Party
 from tests.onesided import (
@@ -393,7 +395,8 @@ def test_slots_that_overlap_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None
     """Even if nothing had refused them."""
     torch.manual_seed(0)
     captured = fastpar.capture(Two().double().eval(), (torch.randn(1, 12, 16).double(),))
-    whole = built(captured, "ulysses=2", "h100-8")
+    several = pipeline_text(Plan.parse("ulysses=2")).replace("overlap", "overlap{pack=false}")  # messages at once
+    whole = built(captured, "ulysses=2", "h100-8", passes=several)
 
     def stacked(traffic: Traffic, spare: int) -> Order:
         return Order(Slots((0,) * traffic.channels, assign(traffic).size), choose(traffic).credits, 0)

@@ -117,8 +117,8 @@ def test_verify_and_dump(two: Results) -> None:
         exact(result["verify_and_dump"], distinct=2)
         files = result["verify_and_dump"]["files"]
         names = [re.sub(r"^graph\d+/\d\d\.", "", f) for f in files]
-        stages = ["captured", "shard", "attention-ulysses", "cancel", "lower", "split-weights", "hoist", "overlap"]
-        stages += ["pin", "localised"]
+        stages = ["captured", "shard", "attention-ulysses", "cancel", "lower", "arrange", "split-weights", "hoist"]
+        stages += ["overlap", "pin", "localised"]
         assert [n for n in names if n.endswith(".txt")] == [f"{s}.txt" for s in stages]
         assert [n for n in names if n.endswith(".py")] == [f"{s}.py" for s in stages]
 

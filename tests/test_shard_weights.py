@@ -38,7 +38,7 @@ def test_programs_that_are_given_parts_are_exact(plan: str) -> None:
     way = Way.of(plan, case.program)
     prove(case, Way(way.mesh, way.pipeline.replace("lower", "lower,hold")))
     built = build(case.program, plan, hold=True)
-    assert str(built.pipeline).endswith("lower,split-weights,hold,hoist,overlap,pin")
+    assert str(built.pipeline).endswith("lower,arrange,split-weights,hold,hoist,overlap,pin")
     cut = [n for n in built.lowered.placeholders if not n.meta["layout"].is_whole]
     assert len(cut) == 6  # weight and bias of the columns, weight of the rows, of both
     for node in cut:

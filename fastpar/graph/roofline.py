@@ -19,6 +19,7 @@ from fastpar.core.layout import Layout
 from fastpar.core.mesh import Mesh
 from fastpar.graph.count import likeness, node_flops
 from fastpar.graph.program import Program
+from fastpar.ops.collectives import COLLECTIVES, pack
 from fastpar.rules.table import tensor_operands
 
 # NVIDIA H100 SXM data sheet: dense bf16 tensor throughput, HBM3 bandwidth. Shares are ratios of two
@@ -33,9 +34,13 @@ _READS = frozenset(
      "aten::index", "fastpar::resample", "fastpar::band"]  # fmt: skip
 )
 
+_MESSAGES = (*COLLECTIVES, pack)
+
 
 def reads(node: fx.Node) -> bool:
     """Whether the operator reads its operands from memory; the others are fused with what comes before."""
+    if node.target is torch.ops.aten.cat.default and all(user.target in _MESSAGES for user in node.users):
+        return False  # that is how the message is written, which counts as the exchange's
     schema = getattr(node.target, "_schema", None)
     return schema is not None and schema.name in _READS
 

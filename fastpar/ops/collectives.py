@@ -71,15 +71,34 @@ def dtypes_named(names: str) -> list[torch.dtype]:
 
 
 def encode(boxes: Sequence[tuple[int, Box]], side: str) -> list[int]:
-    """Boxes of several tensors, in buffer order, as one list of integers (``side``: src or dst starts)."""
-    out: list[int] = []
+    """Boxes of several tensors, in buffer order, as one list of integers (``side``: src or dst starts).
+
+    What adjoins in the buffer and in the tensor is one box.
+    """
+    pieces: list[Piece] = []
     for operand, box in boxes:
-        starts = box.src if side == "src" else box.dst
-        out += [operand, len(starts), *starts, *box.size]
-    return out
+        add_piece(pieces, (operand, box.src if side == "src" else box.dst, box.size))
+    return [n for operand, starts, sizes in pieces for n in (operand, len(starts), *starts, *sizes)]
 
 
-def decode(flat: Sequence[int]) -> list[tuple[int, tuple[int, ...], tuple[int, ...]]]:
+Piece = tuple[int, tuple[int, ...], tuple[int, ...]]  # operand, starts, sizes
+
+
+def add_piece(pieces: list[Piece], piece: Piece) -> None:
+    """Appends a box to those in front of it in a buffer: as a part of the last one, if together they are a box."""
+    if pieces:
+        (before, starts, sizes), (operand, at, size) = pieces[-1], piece
+        differ = [d for d in range(len(at)) if starts[d] != at[d]] if before == operand else []
+        if len(differ) == 1:
+            [d] = differ
+            adjoin = starts[d] + sizes[d] == at[d] and sizes[:d] + sizes[d + 1 :] == size[:d] + size[d + 1 :]
+            if adjoin and math.prod(sizes[:d]) == 1:  # row-major: only then rows of the second follow the first's
+                pieces[-1] = (operand, starts, (*sizes[:d], sizes[d] + size[d], *sizes[d + 1 :]))
+                return
+    pieces.append(piece)
+
+
+def decode(flat: Sequence[int]) -> list[Piece]:
     """Inverse of ``encode``: (operand, starts, sizes)."""
     out, i = [], 0
     while i < len(flat):

@@ -1,6 +1,6 @@
 """``pack`` and ``unpack`` as a few views and copies, however many peers there are: what Inductor gets to lower.
 
-Box by box a message to N peers is a concatenation of N pieces of every tensor in it, and Inductor writes a kernel for
+Piece by box a message to N peers is a concatenation of N pieces of every tensor in it, and Inductor writes a kernel for
 each piece of a long concatenation: more than a hundred launches for one attention on 8 ranks. But boxes repeat: what
 goes to the next peer is, mostly, the same boxes a step further along one dimension. Such a *run* of N peers is one
 view: the dimension is cut in N, and the cut comes first.
@@ -19,9 +19,8 @@ from dataclasses import dataclass
 
 import torch
 
-from fastpar.ops.collectives import Tile, assemble, block, decode, dtypes_named, flat_bytes, shapes_of
+from fastpar.ops.collectives import Piece, Tile, assemble, block, decode, dtypes_named, flat_bytes, shapes_of
 
-Box = tuple[int, tuple[int, ...], tuple[int, ...]]  # (tensor, starts, sizes), as ``decode`` gives them
 _STAYS, _ELSEWHERE = -1, -2
 
 
@@ -33,13 +32,13 @@ class Run:
     """
 
     count: int
-    boxes: tuple[Box, ...]
+    boxes: tuple[Piece, ...]
     steps: tuple[int, ...]
 
 
-def runs(boxes: Sequence[Box]) -> list[Run]:
+def runs(boxes: Sequence[Piece]) -> list[Run]:
     """A list of boxes as few runs: from the first box that is left, each time the run that covers most."""
-    places: dict[Box, list[int]] = {}
+    places: dict[Piece, list[int]] = {}
     for i, box in enumerate(boxes):
         places.setdefault(box, []).append(i)
     found: list[Run] = []
@@ -57,7 +56,7 @@ def runs(boxes: Sequence[Box]) -> list[Run]:
     return found
 
 
-def _following(box: Box) -> list[Box]:
+def _following(box: Piece) -> list[Piece]:
     """The box itself, and the box next to it along each dimension."""
     lane, starts, sizes = box
     moved = [tuple(s + n * (k == d) for k, (s, n) in enumerate(zip(starts, sizes, strict=True)))
@@ -69,7 +68,7 @@ def _covered(run: Run) -> int:
     return run.count * len(run.boxes) if run.count > 1 else 1
 
 
-def _run(boxes: Sequence[Box], i: int, length: int) -> Run:
+def _run(boxes: Sequence[Piece], i: int, length: int) -> Run:
     """The longest run of ``length`` boxes that begins at ``i``."""
     first, steps = boxes[i : i + length], [_ELSEWHERE] * length
     count = 1
@@ -83,7 +82,7 @@ def _run(boxes: Sequence[Box], i: int, length: int) -> Run:
     return Run(count, tuple(first), tuple(steps))
 
 
-def _step(first: Box, box: Box, count: int) -> int:
+def _step(first: Piece, box: Piece, count: int) -> int:
     """The dimension along which ``box`` is ``first`` moved by ``count`` times its size."""
     if first[0] != box[0] or first[2] != box[2]:
         return _ELSEWHERE
@@ -99,7 +98,7 @@ def pieces(flat: Sequence[int]) -> int:
     return sum(len(run.boxes) for run in runs(decode(flat)))
 
 
-def _cut(x: torch.Tensor, box: Box, step: int, count: int) -> torch.Tensor:
+def _cut(x: torch.Tensor, box: Piece, step: int, count: int) -> torch.Tensor:
     """A view ``[count, *sizes]``: the box, and again after each step."""
     _, starts, sizes = box
     if step == _STAYS:

@@ -17,7 +17,7 @@ from torch import fx
 
 from fastpar.core.mesh import Mesh
 from fastpar.graph.count import messages
-from fastpar.graph.roofline import is_view, local_shape
+from fastpar.graph.roofline import is_view, local_shape, reads
 from fastpar.graph.schedule import Task, calls
 from fastpar.ops.collectives import COLLECTIVES, all_reduce, all_to_all, axes_of
 from fastpar.plan.clock import CHECK, check_seconds, seconds
@@ -43,7 +43,8 @@ class Durations:
 
     def task(self, node: fx.Node) -> Task:
         """What one operator of a lowered program takes."""
-        key = (node.target, *map(self._text, (*node.args, node.meta.get("layout"))), *_dtypes(node))
+        texts = map(self._text, (*node.args, node.meta.get("layout")))
+        key = (node.target, *texts, *_dtypes(node), reads(node))
         if key not in self._known:
             self._known[key] = self._measure(node)
         return self._known[key]

@@ -44,7 +44,7 @@ def pipeline_text(plan: Plan, schedule: bool = True) -> str:
         steps.append(Quantize(plan.fp8).spec())
     steps.append("lower")
     if not plan.naive:  # whose ranks never talk
-        steps.append("split-weights")
+        steps += ["arrange", "split-weights"]
     return ",".join([*steps, "hoist", *(["overlap", "pin"] if schedule else [])])
 
 

@@ -18,6 +18,7 @@ from fastpar.core.layout import Dim, Layout
 from fastpar.ops.redistribute import redistribute
 from fastpar.ops.ring import accumulated, attention_lse, merge, redistribute_all
 from fastpar.rules.attention import mask_layout
+from fastpar.sharding.candidates import is_attention
 from fastpar.sharding.rewrite import redistributed
 
 aten = torch.ops.aten
@@ -30,6 +31,20 @@ def split_over(node: fx.Node) -> tuple[str, ...]:
     if node.target is not attention_lse or len(node.args) < 7 or not node.args[6]:
         return ()
     return tuple(str(node.args[6]).split("."))
+
+
+def blockwise(node: fx.Node) -> bool:
+    """Whether the operator is an attention, or one of a block of keys."""
+    return is_attention(node) or node.target is attention_lse
+
+
+def attended(node: fx.Node) -> bool:
+    """Whether the value is what an attention gave, put together from blocks and cast at most."""
+    while not blockwise(node):
+        if node.target not in (getitem, merge, aten._to_copy.default) or not node.all_input_nodes:
+            return False
+        node = node.all_input_nodes[0]
+    return True
 
 
 def _reaches(mask: torch.dtype, dtype: torch.dtype) -> bool:
