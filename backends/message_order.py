@@ -161,6 +161,9 @@ def _step(node: fx.Node, d: int, parts: int) -> _Step | None:
     if node.target is aten.unsqueeze.default:
         at = args[1] % len(_shape(node))
         return _Step(((args[0], d - (at < d)),), lambda xs: (xs[0], at + 1))
+    if node.target is aten.squeeze.dim:
+        at = args[1] % len(_shape(args[0]))
+        return _Step(((args[0], d + (at <= d)),), lambda xs: (xs[0], at + 1)) if _shape(args[0])[at] == 1 else None
     if node.target is aten.select.int:
         at = args[1] % len(_shape(args[0]))
         return _Step(((args[0], d + (at <= d)),), lambda xs: (xs[0], at + 1, args[2]))
@@ -206,9 +209,7 @@ def _reduction(node: fx.Node, d: int) -> _Step | None:
     kept = len(args) > 2 and bool(args[2]) or bool(node.kwargs.get("keepdim"))
     if not reduced:
         return None
-    own = d if kept else [i for i in range(rank) if i not in reduced][d]
-    if own in reduced:
-        return None
+    own = d if kept else [i for i in range(rank) if i not in reduced][d]  # what is reduced has no dimension to cut
     return _Step(((args[0], own),), lambda xs: (xs[0], [i + 1 for i in reduced], *args[2:]))
 
 

@@ -98,6 +98,19 @@ def test_q_k_and_v_in_one_message_are_views_of_it() -> None:
     assert fastpar.verify(captured(), plan="ulysses=3", passes=packs).ok
 
 
+def test_values_of_other_shapes_lie_behind_one_another() -> None:
+    """Keys and values of fewer heads, which are each other's neighbours, and not the queries'."""
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        q, k = (x.unflatten(-1, (n, -1)).transpose(1, 2) for n in (6, 3))
+        return F.scaled_dot_product_attention(q.sin()[..., :2], k.cos()[..., :2], k, enable_gqa=True)
+
+    x = torch.randn(1, 10, 24, dtype=torch.float64)
+    packs = pipeline_text(fastpar.Plan.parse("ulysses=3"), schedule=False) + ",pack"
+    report = fastpar.verify(model, (x,), plan="ulysses=3", passes=packs)
+    assert report.ok and sum(c.count for c in report.collectives) == 2
+
+
 @pytest.mark.parametrize("options", [{"masked": True}, {"causal": True}])
 def test_under_a_mask_tokens_are_put_in_order(options: dict[str, bool]) -> None:
     model = captured(**options)
@@ -123,19 +136,23 @@ def program(boxes: list[int], use: str) -> fx.Graph:
         rows.meta["val"] = torch.empty(10, 3)
     out = graph.call_function(attention, (rows, keys, other if use == "other values" else keys))
     out.meta["val"] = torch.empty(10, 3)
+    if use == "turned":
+        out = graph.call_function(aten.permute.default, (out, [1, 0]))
+        out.meta["val"] = torch.empty(3, 10)
     sent = graph.call_function(pack, ([out], boxes))
     graph.output((sent, value) if use == "returned" else (sent,))
     return graph
 
 
 WHOLE = encode([(0, Box((at, 0), (at, 0), (n, 3))) for at, n in ((0, 2), (4, 3), (2, 2), (7, 3))], "src")
+TURNED = encode([(0, Box((0, 0), (0, 0), (3, 10)))], "src")
 NARROW = encode([(0, Box((0, d), (0, d), (10, 1))) for d in range(3)], "src")
 
 
 @pytest.mark.parametrize(
     ("use", "boxes", "stays"),
     [("all", WHOLE, 1), ("other keys", WHOLE, 1), ("other values", WHOLE, 4), ("added", WHOLE, 4),
-     ("returned", WHOLE, 4), ("all", NARROW, 1)],
+     ("returned", WHOLE, 4), ("all", NARROW, 1), ("turned", TURNED, 4)],
 )  # fmt: skip
 def test_rows_stay_where_nothing_depends_on_their_order(use: str, boxes: list[int], stays: int) -> None:
     """``stays``: in how many pieces what came is. Narrow boxes have all rows: what goes out is put in order by it."""

@@ -18,7 +18,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from fastpar.backends.message_order import in_message_order
 
 aten = torch.ops.aten
-S, H, D, PEERS = 10, 6, 4, 3
+PEERS = 3
+SIZES = [(10, 6, 4), (6, 6, 6), (3, 12, 2)]  # tokens, heads, width
 Chain = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -27,7 +28,7 @@ def norm(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
 
 
 def layer_norm(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    return F.layer_norm(x, (D,), t[0, 0])
+    return F.layer_norm(x, t.shape[-1:], t[0, 0])
 
 
 def neighbours(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -37,7 +38,8 @@ def neighbours(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
 
 
 def halves(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    a, b = x[..., : D // 2], x[..., D // 2 :]
+    half = x.shape[-1] // 2
+    a, b = x[..., :half], x[..., half:]
     return x * t.sin() + torch.cat([-b, a], -1) * t
 
 
@@ -50,7 +52,7 @@ def as_batch(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
 
 
 def shifted(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    return torch.cat([x[5:], x[:5]]) + t.exp()
+    return torch.cat([x[2:], x[:2]]) + t.exp()
 
 
 def over_heads(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -103,12 +105,15 @@ def moved(model: Callable[..., Any], args: Sequence[torch.Tensor]) -> fx.GraphMo
     return gm
 
 
-def inputs() -> tuple[torch.Tensor, ...]:
+def inputs(tokens: int, heads: int, width: int) -> tuple[torch.Tensor, ...]:
     torch.manual_seed(0)
-    dtype = torch.float64
-    return (
-        torch.randn(S, 8, dtype=dtype), torch.randn(8, H * D, dtype=dtype), torch.randn(S, 1, D, dtype=dtype),
-    )  # fmt: skip
+    return tuple(
+        torch.randn(size, dtype=torch.float64) for size in ((tokens, 8), (8, heads * width), (tokens, 1, width))
+    )
+
+
+def heads(x: torch.Tensor, w: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    return (x @ w).unflatten(-1, (-1, t.shape[-1]))
 
 
 def computed_behind_the_cut(gm: fx.GraphModule) -> list[str]:
@@ -123,20 +128,20 @@ def computed_behind_the_cut(gm: fx.GraphModule) -> list[str]:
         if node.target not in (aten.mm.default,):
             queue += node.all_input_nodes
         value, tags = node.meta["val"], getattr(node.target, "tags", ())
-        if torch.Tag.pointwise in tags and value.shape[:2] == (S, H):
+        if torch.Tag.pointwise in tags and value.shape[:2] == SIZES[0][:2]:
             found.append(node.name)
     return found
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.sampled_from(STEPS), min_size=1, max_size=4), st.sampled_from([1, 2]))
-def test_any_chain_gives_the_same_message(steps: list[Chain], parts: int) -> None:
+@given(st.lists(st.sampled_from(STEPS), min_size=1, max_size=4), st.sampled_from([1, 2]), st.sampled_from(SIZES))
+def test_any_chain_gives_the_same_message(steps: list[Chain], parts: int, sizes: tuple[int, int, int]) -> None:
     """``parts``: a value alone, or two beside each other in one message."""
 
     def model(x: torch.Tensor, w: torch.Tensor, t: torch.Tensor) -> Any:
         values = []
         for i in range(parts):
-            y = (x @ (w + i)).view(S, H, D)
+            y = heads(x, w + i, t)
             for step in steps:
                 y = step(y, t)
             values.append(y)
@@ -144,28 +149,28 @@ def test_any_chain_gives_the_same_message(steps: list[Chain], parts: int) -> Non
             return message(values[0])
         return message(torch.cat([v.unsqueeze(1) for v in values], 1), 2)
 
-    moved(model, inputs())
+    moved(model, inputs(*sizes))
 
 
 @pytest.mark.parametrize("steps", [(norm, neighbours), (layer_norm, halves), (modulated,), (as_batch, shifted)])
 def test_norm_modulation_and_rotation_are_computed_as_they_are_sent(steps: tuple[Chain, ...]) -> None:
     def model(x: torch.Tensor, w: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        y = (x @ w).view(S, H, D)
+        y = heads(x, w, t)
         for step in steps:
             y = step(y, t)
         return message(y)
 
-    gm, _ = traced(model, inputs())
+    gm, _ = traced(model, inputs(*SIZES[0]))
     assert computed_behind_the_cut(gm)
-    assert not computed_behind_the_cut(moved(model, inputs()))
+    assert not computed_behind_the_cut(moved(model, inputs(*SIZES[0])))
 
 
 def test_what_is_needed_elsewhere_is_computed_once() -> None:
     def model(x: torch.Tensor, w: torch.Tensor, t: torch.Tensor) -> Any:
-        y = norm((x @ w).view(S, H, D), t)
+        y = norm(heads(x, w, t), t)
         return message(y * t), y
 
-    gm = moved(model, inputs())
+    gm = moved(model, inputs(*SIZES[0]))
     assert sum(n.target is aten.mean.dim for n in gm.graph.nodes) == 1
     assert len(computed_behind_the_cut(gm)) > 0, "the norm stays as it was"
 
@@ -174,9 +179,9 @@ def test_what_only_looks_at_memory_stays() -> None:
     """Values and outputs: a product's result is packed as it is."""
 
     def model(x: torch.Tensor, w: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return message((x @ w).view(S, H, D))
+        return message(heads(x, w, t))
 
-    gm, mode = traced(model, inputs())
+    gm, mode = traced(model, inputs(*SIZES[0]))
     before = gm.graph.python_code("self").src
     in_message_order(gm.graph, mode)
     assert gm.graph.python_code("self").src == before

@@ -56,26 +56,6 @@ MUTANTS = (
         "step = mesh.size(seg.axes) // mesh.size(kept)", "step = 1",
         plan("grouped heads in a ring"),
     ),
-    # -- messages
-    Mutant(
-        "boxes with gaps between them are a run", "fastpar/ops/folded.py",
-        "return d if len(moved) == 1 and box[1][d] - first[1][d] == count * first[2][d] else _ELSEWHERE",
-        "return d if len(moved) == 1 else _ELSEWHERE", ("tests/test_folded.py", "-k", "message_is_that_of_its_boxes"),
-    ),
-    Mutant(
-        "whatever is packed, what came is sent on", "fastpar/graph/forward.py",
-        "return source.args[0] if sent == decode(source.args[2]) else None", "return source.args[0]",
-        ("tests/test_folded.py", "-k", "in_another_order"),
-    ),
-    Mutant(
-        "rows that stay are put where they came from", "fastpar/ops/collectives.py",
-        "tiles[i].append((box.dst, box.size, x if", "tiles[i].append((box.src, box.size, x if", layout("exchange"),
-    ),
-    Mutant(
-        "rows that adjoin in the source are one box", "fastpar/core/transfer.py",
-        "if (cell.src, cell.dst) == (last.src + last.size, last.dst + last.size):",
-        "if cell.src == last.src + last.size:", layout("exchange"),
-    ),
     Mutant(
         "what was the host's is returned on the accelerator", "fastpar/graph/devices.py",
         "if isinstance(before, torch.Tensor) and now.device != before.device:", "if before is None:",
