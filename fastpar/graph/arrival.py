@@ -90,9 +90,11 @@ def _through(region: _Region, node: fx.Node, user: fx.Node, dim: int) -> bool:
     args: Any = user.args
     if user.target is aten.permute.default:
         return _follow(region, user, [d % len(args[1]) for d in args[1]].index(dim))
-    if user.target is aten.select.int and args[1] % _rank(node) != dim:
-        return _follow(region, user, dim - (args[1] % _rank(node) < dim))
-    if user.target is aten.slice.Tensor and args[1] % _rank(node) != dim or user.target is aten.clone.default:
+    if user.target in (aten.select.int, aten.slice.Tensor):
+        at = (args[1] if len(args) > 1 else 0) % _rank(node)
+        gone = user.target is aten.select.int and at < dim
+        return at != dim and _follow(region, user, dim - gone)
+    if user.target is aten.clone.default:
         return _follow(region, user, dim)
     if user.target in _ROWWISE:
         return dim < _rank(node) - 1 and _follow(region, user, dim)
