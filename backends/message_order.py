@@ -179,7 +179,8 @@ def _pointwise(node: fx.Node, d: int) -> _Step | None:
     """Of operands that are the same along ``d``, every part takes all there is."""
     rank, size = len(_shape(node)), _shape(node)[d]
     tensors = [x for x in node.all_input_nodes if isinstance(x.meta.get("val"), torch.Tensor)]
-    if len(tensors) != len(node.all_input_nodes) or any(isinstance(x, (list, tuple)) for x in node.args):
+    given = {x for x in node.args if isinstance(x, fx.Node)}
+    if len(tensors) != len(node.all_input_nodes) or not given.issuperset(tensors):  # tensors in lists, or by name
         return None
     needs: list[tuple[fx.Node, int | None]] = []
     for x in tensors:
@@ -194,8 +195,8 @@ def _pointwise(node: fx.Node, d: int) -> _Step | None:
         return None
 
     def write(cut: Sequence[Any]) -> tuple[Any, ...]:
-        given = dict(zip(tensors, cut, strict=True))
-        return tuple(given[a] if isinstance(a, fx.Node) else a for a in node.args)
+        new = dict(zip(tensors, cut, strict=True))
+        return tuple(new[a] if isinstance(a, fx.Node) else a for a in node.args)
 
     return _Step(tuple(needs), write)
 

@@ -60,13 +60,18 @@ def over_heads(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     return x / (1 + x.abs().sum(1, keepdim=True)) + x.flip(1)
 
 
+def bounded(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """A tensor by name, which no chain here takes along."""
+    return torch.clamp(x, max=t.exp() + x.square())
+
+
 def used_twice(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     y = x.sin()
     return torch.where(y > 0, y * t, x)
 
 
 STEPS: tuple[Chain, ...] = (
-    norm, layer_norm, neighbours, halves, modulated, as_batch, shifted, over_heads, used_twice,
+    norm, layer_norm, neighbours, halves, modulated, as_batch, shifted, over_heads, bounded, used_twice,
 )  # fmt: skip
 
 

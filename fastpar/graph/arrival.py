@@ -2,8 +2,8 @@
 
 A rank gets the tokens of an attention from its peers, from each a share of the text and one of the picture. To put
 them in the model's order is a copy of every tensor. But an attention without a mask computes the same for keys in any
-order, as long as k and v have the same one, and its output has the order of its queries. So they stay as they came, and
-the message back takes each peer's rows from where they are.
+order, as long as k and v have the same one, and its output has the order of its queries, also under a mask that is the
+same for all of these. So they stay as they came, and the message back takes each peer's rows from where they are.
 
     arrived     text 0, picture 0, text 1, picture 1, ...      one piece from each peer
     in order    text 0, text 1, ..., picture 0, picture 1, ...
@@ -115,12 +115,16 @@ def _attended(region: _Region, node: fx.Node, user: fx.Node, dim: int) -> bool:
     q, k, v, *rest = args
     block = user.target is attention_lse
     mask, causal = (*rest, None, False)[:2] if not block else ((*rest, None)[0], bool(rest[3:] and rest[3]))
-    if mask is not None or causal or dim != _rank(node) - 2 or user.kwargs:
+    if causal or dim != _rank(node) - 2 or user.kwargs:
         return False
     if node is k or node is v:
+        if mask is not None:  # has a column for each key
+            return False
         region.needs += [(k, _rank(k) - 2), (v, _rank(v) - 2)]
     if node is not q:
         return True
+    if mask is not None and mask.meta["val"].shape[-2:-1] not in ((), (1,)):
+        return False
     return all(_follow(region, part, dim) for part in user.users) if block else _follow(region, user, dim)
 
 

@@ -56,8 +56,12 @@ MUTANTS = (
     ),
     # -- rows as they arrived
     Mutant(
-        "rows under a mask stay as they came", "fastpar/graph/arrival.py",
-        "if mask is not None or causal or dim", "if causal or dim", arrange("under_a_mask"),
+        "keys under a mask stay as they came", "fastpar/graph/arrival.py",
+        "        if mask is not None:  # has", "        if causal:  # has", arrange("under_a_mask"),
+    ),
+    Mutant(
+        "rows under a mask of their own stay as they came", "fastpar/graph/arrival.py",
+        'if mask is not None and mask.meta["val"].shape[-2:-1] not in ((), (1,)):', "if causal:", arrange("under_a_mask"),
     ),
     Mutant(
         "keys and values need not agree", "fastpar/graph/arrival.py",
