@@ -61,7 +61,8 @@ MUTANTS = (
     ),
     Mutant(
         "rows under a mask of their own stay as they came", "fastpar/graph/arrival.py",
-        'if mask is not None and mask.meta["val"].shape[-2:-1] not in ((), (1,)):', "if causal:", arrange("under_a_mask"),
+        'if mask is not None and mask.meta["val"].shape[-2:-1] not in ((), (1,)):', "if causal:",
+        arrange("under_a_mask"),
     ),
     Mutant(
         "keys and values need not agree", "fastpar/graph/arrival.py",
