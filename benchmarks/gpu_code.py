@@ -49,6 +49,23 @@ class Code:
         return Counter(re.findall(r"(?:= |^\s+)(torch\.ops\.[\w.]+|extern_kernels\.\w+)\(", self.call, re.MULTILINE))
 
     @property
+    def overwritten(self) -> list[str]:
+        """Lines that take the memory of a message, sent or received, while it is under way."""
+        under_way: dict[str, str] = {}  # what is received -> what was sent
+        found = []
+        for line in self.call.splitlines():
+            started = re.search(r"(buf\d+) = torch\.ops\._c10d_functional\.\w+\.default\((?:\w+\()?(buf\d+)", line)
+            waited = re.search(r"wait_tensor\.default\((buf\d+)", line)
+            reused = re.search(r"= (?:reinterpret_tensor\()?(buf\d+)\b.*# reuse", line)
+            if waited:
+                under_way.pop(waited[1], None)
+            elif started:
+                under_way[started[1]] = started[2]
+            elif reused and reused[1] in {*under_way, *under_way.values()}:
+                found.append(line.strip())
+        return found
+
+    @property
     def bytes(self) -> float:
         """What Inductor's own kernels read and write."""
         bodies = re.findall(r"async_compile\.triton\('(\w+)', '''(.*?)'''", self.text, re.DOTALL)

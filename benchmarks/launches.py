@@ -25,6 +25,7 @@ def measure(captured: Any, plan: str) -> dict[str, Any]:
     row |= {kind: sum(named.get(name, 0) for name in names) for kind, names in kinds.items()}
     row["collectives"] = sum(n for name, n in code.operators.items() if "c10d" in name and "wait" not in name)
     row["our kernels"] = sum(n for name, n in code.operators.items() if "fastpar_kernels" in name)
+    row["overwritten"] = code.overwritten
     row["longest"] = dict(code.kernels.most_common(8))
     return row
 

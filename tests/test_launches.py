@@ -63,3 +63,21 @@ def test_a_ring_copies_nothing_between_blocks(rows: dict[str, Any]) -> None:
     assert row["attentions"] == 8 * rows[ONE]["attentions"]
     assert row["our kernels"] == 7 * rows[ONE]["attentions"], "merges alone"
     assert row["kernels"] <= rows[ONE]["kernels"] + 6 * rows[ONE]["attentions"]
+
+
+def test_no_message_s_memory_is_taken_while_it_is_under_way(rows: dict[str, Any]) -> None:
+    """Attention's output is the message itself: nothing may be written there before the exchange is waited for."""
+    assert not any(row["overwritten"] for row in rows.values())
+
+
+def test_memory_that_is_taken_is_seen() -> None:
+    from benchmarks.gpu_code import Code
+
+    lines = [
+        "def call(self, args):",
+        "buf2 = torch.ops._c10d_functional.all_to_all_single.default(buf1, [2], [2], '0')",
+        "buf3 = reinterpret_tensor(buf1, (2,), (1,), 0); del buf1  # reuse",
+        "torch.ops._c10d_functional.wait_tensor.default(buf2)",
+        "buf4 = buf2; del buf2  # reuse",
+    ]
+    assert Code("\n".join(lines)).overwritten == [lines[2]]
