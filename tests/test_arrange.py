@@ -166,6 +166,43 @@ def test_rows_stay_where_nothing_depends_on_their_order(use: str, boxes: list[in
         assert torch.allclose(got, want, rtol=1e-5, atol=1e-6)
 
 
+def test_rows_of_queries_that_are_broadcast() -> None:
+    """Keys have a batch and queries have none: in the output their rows are another dimension."""
+
+    def one(move: bool) -> fx.GraphModule:
+        graph = program(WHOLE, "other keys")
+        [node] = [n for n in graph.nodes if n.target is attention]
+        node.meta["val"] = node.args[1].meta["val"] = torch.empty(1, 10, 3)
+        boxes = [(i, Box((0, *starts), (0, *starts), (1, *sizes))) for i, starts, sizes in decode(WHOLE)]
+        next(iter(node.users)).update_arg(1, encode(boxes, "src"))
+        if move:
+            in_arrival_order(graph)
+        return fx.GraphModule({}, graph)
+
+    torch.manual_seed(0)
+    given = torch.randn(30), torch.randn(1, 10, 3)
+    moved = one(True)
+    assert [len(boxes) for boxes in unpacked(moved.graph)] == [1]
+    assert torch.allclose(moved(*given)[0], one(False)(*given)[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("mask", ["keys", "all"])
+@pytest.mark.parametrize("plan", ["ulysses=5", "torus=5", "gather=5", "ring=2,ulysses=3"])
+def test_masks_of_a_batch_on_uneven_shares(plan: str, mask: str) -> None:
+    """A prime number of tokens, of a text and a picture, and a mask of its own for each of three batch items."""
+    joint = Joint().double().eval()
+
+    def model(x: torch.Tensor, text: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
+        both = torch.cat([joint.text(text), x], 1)
+        q, k, v = (f(both).unflatten(-1, (HEADS, WIDTH)).transpose(1, 2) for f in (joint.q, joint.k, joint.v))
+        shown = m[:, None, None] > -1 if mask == "keys" else m[:, None, :, None] * 0.1 + m[:, None, None]
+        return joint.o(F.scaled_dot_product_attention(q, k, v, shown).transpose(1, 2).flatten(2))
+
+    torch.manual_seed(0)
+    x, text, m = torch.randn(3, 31, HEADS * WIDTH), torch.randn(3, 6, HEADS * WIDTH), torch.randn(3, 37)
+    assert fastpar.verify(model, (x.double(), text.double(), m.double()), plan=plan).ok
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_boxes_that_adjoin_are_one(data: st.DataObject) -> None:

@@ -111,11 +111,11 @@ def _through(region: _Region, node: fx.Node, user: fx.Node, dim: int) -> bool:
 
 
 def _attended(region: _Region, node: fx.Node, user: fx.Node, dim: int) -> bool:
-    args: Any = user.args
-    q, k, v, *rest = args
-    block = user.target is attention_lse
-    mask, causal = (*rest, None, False)[:2] if not block else ((*rest, None)[0], bool(rest[3:] and rest[3]))
-    if causal or dim != _rank(node) - 2 or user.kwargs:
+    """``_through`` an attention or one of a block: rows of queries are rows of what it gives."""
+    args: Any = (*user.args, None)
+    q, k, v, mask, *rest = args
+    unlike = rest[2:3] if user.target is attention_lse else rest[:1]  # keys that are still split; causal
+    if any(unlike) or dim != _rank(node) - 2 or user.kwargs:
         return False
     if node is k or node is v:
         if mask is not None:  # has a column for each key
@@ -125,7 +125,8 @@ def _attended(region: _Region, node: fx.Node, user: fx.Node, dim: int) -> bool:
         return True
     if mask is not None and mask.meta["val"].shape[-2:-1] not in ((), (1,)):
         return False
-    return all(_follow(region, part, dim) for part in user.users) if block else _follow(region, user, dim)
+    dim = _rank(user) - 2  # which q has elsewhere where its leading dimensions are broadcast
+    return all(_follow(region, x, dim) for x in (user.users if user.target is attention_lse else (user,)))
 
 
 def _rank(node: fx.Node) -> int:
@@ -138,9 +139,7 @@ def _cut_in_front(box: Piece, dim: int) -> bool:
     return math.prod(box[2][:dim]) == 1
 
 
-def _moved(
-    boxes: list[Piece], lane: int, dim: int, order: tuple[tuple[int, int], ...]
-) -> list[Piece]:
+def _moved(boxes: list[Piece], lane: int, dim: int, order: tuple[tuple[int, int], ...]) -> list[Piece]:
     """``boxes`` with the rows of one value where they are if they lie in ``order``."""
     starts = [sum(n for _, n in order[:i]) for i in range(len(order))]
     out: list[Piece] = []

@@ -70,6 +70,9 @@ def dtypes_named(names: str) -> list[torch.dtype]:
 # -- boxes as integers: [operand, rank, *starts, *sizes] per box ------------------------------
 
 
+Piece = tuple[int, tuple[int, ...], tuple[int, ...]]  # operand, starts, sizes
+
+
 def encode(boxes: Sequence[tuple[int, Box]], side: str) -> list[int]:
     """Boxes of several tensors, in buffer order, as one list of integers (``side``: src or dst starts).
 
@@ -79,9 +82,6 @@ def encode(boxes: Sequence[tuple[int, Box]], side: str) -> list[int]:
     for operand, box in boxes:
         add_piece(pieces, (operand, box.src if side == "src" else box.dst, box.size))
     return [n for operand, starts, sizes in pieces for n in (operand, len(starts), *starts, *sizes)]
-
-
-Piece = tuple[int, tuple[int, ...], tuple[int, ...]]  # operand, starts, sizes
 
 
 def add_piece(pieces: list[Piece], piece: Piece) -> None:

@@ -1,6 +1,6 @@
 """``pack`` and ``unpack`` as a few views and copies, however many peers there are: what Inductor gets to lower.
 
-Piece by box a message to N peers is a concatenation of N pieces of every tensor in it, and Inductor writes a kernel for
+Box by box a message to N peers is a concatenation of N pieces of every tensor in it, and Inductor writes a kernel for
 each piece of a long concatenation: more than a hundred launches for one attention on 8 ranks. But boxes repeat: what
 goes to the next peer is, mostly, the same boxes a step further along one dimension. Such a *run* of N peers is one
 view: the dimension is cut in N, and the cut comes first.

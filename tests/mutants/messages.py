@@ -57,12 +57,16 @@ MUTANTS = (
     # -- rows as they arrived
     Mutant(
         "keys under a mask stay as they came", "fastpar/graph/arrival.py",
-        "        if mask is not None:  # has", "        if causal:  # has", arrange("under_a_mask"),
+        "        if mask is not None:  # has", "        if any(unlike):  # has", arrange("under_a_mask"),
     ),
     Mutant(
         "rows under a mask of their own stay as they came", "fastpar/graph/arrival.py",
-        'if mask is not None and mask.meta["val"].shape[-2:-1] not in ((), (1,)):', "if causal:",
+        'if mask is not None and mask.meta["val"].shape[-2:-1] not in ((), (1,)):', "if any(unlike):",
         arrange("under_a_mask"),
+    ),
+    Mutant(
+        "rows of queries are the same dimension of the output", "fastpar/graph/arrival.py",
+        "    dim = _rank(user) - 2  # which", "    # which", arrange("broadcast"),
     ),
     Mutant(
         "keys and values need not agree", "fastpar/graph/arrival.py",
