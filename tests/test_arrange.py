@@ -186,6 +186,32 @@ def test_rows_of_queries_that_are_broadcast() -> None:
     assert torch.allclose(moved(*given)[0], one(False)(*given)[0], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(("queries", "stays"), [("came", 1), ("here", 4)])
+def test_a_row_of_the_mask_for_each_query(queries: str, stays: int) -> None:
+    """A mask that travelled stays as it came only where the queries did, in the same order; queries only with it."""
+
+    def one(move: bool) -> fx.Graph:
+        graph = program(WHOLE, "other keys")
+        [node] = [n for n in graph.nodes if n.target is attention]
+        q, other = node.args[:2]
+        with graph.inserting_before(node):
+            buffer = graph.placeholder("mask")
+            came = [(0, Box(s, (*s[:1], 0), (*n[:1], 10))) for _, s, n in decode(q.args[0].args[2])]
+            done = graph.call_function(unpack, (buffer, [2, 10, 10], encode(came, "dst")))
+            mask = graph.call_function(getitem, (done, 0))
+        buffer.meta["val"], mask.meta["val"] = torch.empty(100), torch.empty(10, 10)
+        node.args = (q if queries == "came" else other, other, other, mask)
+        if move:
+            in_arrival_order(graph)
+        return graph
+
+    torch.manual_seed(0)
+    given = torch.randn(30), torch.randn(10, 3), torch.randn(100)
+    assert [len(boxes) for boxes in unpacked(one(True))][-1] == stays
+    got, want = (fx.GraphModule({}, one(move))(*given)[0] for move in (True, False))
+    assert torch.allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("mask", ["keys", "all"])
 @pytest.mark.parametrize("plan", ["ulysses=5", "torus=5", "gather=5", "ring=2,ulysses=3"])
 def test_masks_of_a_batch_on_uneven_shares(plan: str, mask: str) -> None:

@@ -3,7 +3,8 @@
 A rank gets the tokens of an attention from its peers, from each a share of the text and one of the picture. To put
 them in the model's order is a copy of every tensor. But an attention without a mask computes the same for keys in any
 order, as long as k and v have the same one, and its output has the order of its queries, also under a mask that is the
-same for all of these. So they stay as they came, and the message back takes each peer's rows from where they are.
+same for all of these or has a row for each in their order. So they stay as they came, and the message back takes each
+peer's rows from where they are.
 
     arrived     text 0, picture 0, text 1, picture 1, ...      one piece from each peer
     in order    text 0, text 1, ..., picture 0, picture 1, ...
@@ -121,10 +122,12 @@ def _attended(region: _Region, node: fx.Node, user: fx.Node, dim: int) -> bool:
         if mask is not None:  # has a column for each key
             return False
         region.needs += [(k, _rank(k) - 2), (v, _rank(v) - 2)]
+    if node is mask:
+        region.needs.append((q, _rank(q) - 2))
     if node is not q:
         return True
     if mask is not None and mask.meta["val"].shape[-2:-1] not in ((), (1,)):
-        return False
+        region.needs.append((mask, _rank(mask) - 2))
     dim = _rank(user) - 2  # which q has elsewhere where its leading dimensions are broadcast
     return all(_follow(region, x, dim) for x in (user.users if user.target is attention_lse else (user,)))
 

@@ -60,9 +60,13 @@ MUTANTS = (
         "        if mask is not None:  # has", "        if any(unlike):  # has", arrange("under_a_mask"),
     ),
     Mutant(
-        "rows under a mask of their own stay as they came", "fastpar/graph/arrival.py",
-        'if mask is not None and mask.meta["val"].shape[-2:-1] not in ((), (1,)):', "if any(unlike):",
-        arrange("under_a_mask"),
+        "a mask's rows stay as they came wherever its queries are", "fastpar/graph/arrival.py",
+        "        region.needs.append((q, _rank(q) - 2))", "        pass", arrange("row_of_the_mask"),
+    ),
+    Mutant(
+        "queries need not agree with the rows of their mask", "fastpar/graph/arrival.py",
+        "        region.needs.append((mask, _rank(mask) - 2))", "        pass",
+        arrange("row_of_the_mask or under_a_mask"),
     ),
     Mutant(
         "rows of queries are the same dimension of the output", "fastpar/graph/arrival.py",
