@@ -15,7 +15,7 @@ from typing import ClassVar
 
 from torch import fx
 
-from fastpar.core.layout import Atom, Dim, Layout, Seg, even_parts
+from fastpar.core.layout import Atom, Dim, Layout, Seg, shared_parts
 from fastpar.core.mesh import Mesh
 from fastpar.core.transfer import elements_sent
 from fastpar.graph.pipeline import Pass, PassContext
@@ -165,7 +165,7 @@ def _rectangle(
         shape = x.shape[:-2]
         kv = tuple(kv_head_dim(d, s) for d, s in zip(heads[len(heads) - len(shape) :], shape, strict=True))
         wants.append(Layout((*kv, without_axes(x.dims[-2], axes, mesh), x.dims[-1])))
-    work = max(math.prod(out.local_shape(mesh, r)[:-1]) for r in range(mesh.ranks))
+    work = max(math.prod(out.local_shape(mesh, r)[:-1]) / mesh.speed(r) for r in range(mesh.ranks))
     sent = [0.0] * mesh.ranks
     moves = [*zip(layouts[:3], wants, strict=True), (out, result)]
     for (src, dst), weight in zip(moves, weights, strict=True):
@@ -185,7 +185,7 @@ def _divided(dim: Dim, spent: tuple[str, ...], mesh: Mesh, unit: int) -> Dim | N
     if atom is None or len(atom.segs) != 1 or atom.segs[0].offsets or any(p % unit for p in atom.segs[0].parts):
         return None
     seg = atom.segs[0]
-    parts = [n for part in seg.parts for n in even_parts(part, mesh.size(spent), unit)]
+    parts = [n for part in seg.parts for n in shared_parts(part, mesh.shares(spent), unit)]
     return Dim.split(seg.size, (*seg.axes, *spent), parts)
 
 
@@ -203,6 +203,6 @@ def without_axes(dim: Dim, gone: tuple[str, ...], mesh: Mesh) -> Dim:
                 parts = tuple(sum(seg.parts[i : i + step]) for i in range(0, len(seg.parts), step))
                 segs.append(Seg(seg.size, kept, parts))
             else:
-                segs.append(Seg(seg.size, kept, even_parts(seg.size, mesh.size(kept))))
+                segs.append(Seg(seg.size, kept, shared_parts(seg.size, mesh.shares(kept))))
         atoms.append(Atom(tuple(segs)))
     return Dim.of(atoms)

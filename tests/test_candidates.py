@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -94,7 +96,7 @@ def test_parts_behind_others_and_parts_that_fill_up() -> None:
             rows = [a + b for a, b in zip(even_parts(first, n), even_parts(second, n, before=first), strict=True)]
             assert sum(rows) == first + second and max(rows) - min(rows) <= 1
             held = even_parts(first, n)
-            rows = [a + b for a, b in zip(held, filling_parts(second, held), strict=True)]
+            rows = [a + b for a, b in zip(held, filling_parts(second, (Fraction(1, n),) * n, held), strict=True)]
             assert sum(rows) == first + second and max(rows) - min(rows) <= 1
     assert even_parts(24, 2, unit=8, before=8) == (8, 16)
 

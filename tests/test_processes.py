@@ -60,8 +60,8 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Results:
 
     Workers of xdist share one launch: the first one makes it, the others wait for its files.
     """
-    tasks = ("prompts", "gather", "resolutions", "steps", "without_rows", "windows", "verify_and_dump", *DIFFER,
-             "after", "absent")  # fmt: skip
+    tasks = ("prompts", "gather", "speeds", "resolutions", "steps", "without_rows", "windows", "verify_and_dump",
+             *DIFFER, "after", "absent")  # fmt: skip
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "two"
     with FileLock(f"{folder}.lock"):
@@ -75,12 +75,13 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Results:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("task", ["prompts", "gather", "windows", "after"])
+@pytest.mark.parametrize("task", ["prompts", "gather", "speeds", "windows", "after"])
 def test_two_processes_are_exact(two: Results, task: str) -> None:
     for result in two:
         exact(result[task], distinct=2)
         assert result[task]["compiles"] == [1, 0]
-    plan = "gather=2" if task == "gather" else "ulysses=2"  # the latter comes from FASTPAR_PLAN
+    plans = {"gather": "gather=2", "speeds": "gather=2,speeds(1:3)"}
+    plan = plans.get(task, "ulysses=2")  # the latter comes from FASTPAR_PLAN
     assert [m for m in two[0][task]["messages"] if m.startswith(f"compiled {plan} on 2 ranks")]
 
 

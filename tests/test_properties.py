@@ -94,10 +94,14 @@ def scattered(draw: st.DrawFn) -> Way:
 
 
 def _with_plan(recipe: Recipe, plan: str, shuffle: int) -> Seen:
-    """Axes in any order, as a topology may place them; guidance has two halves to split."""
+    """Axes in any order, as a topology may place them; guidance has two halves to split; ranks of unequal speeds."""
     case = build(replace(recipe, batch=max(2, recipe.batch)) if "cfg" in plan else recipe)
-    names = [name for name, _ in Plan.parse(plan).axes]
-    random.Random(shuffle).shuffle(names)
+    parsed, chance = Plan.parse(plan), random.Random(shuffle)
+    names = [name for name, _ in parsed.axes]
+    chance.shuffle(names)
+    if shuffle and parsed.token_degree > 1:
+        speeds = tuple(chance.choice((1.0, 0.6, 0.25, 3.0)) for _ in range(parsed.token_degree))
+        plan = str(replace(parsed, speeds=speeds))
     return prove(case, Way.of(plan, case.program, names if shuffle else ()))
 
 

@@ -21,6 +21,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cache, cached_property, lru_cache
 
 import numpy as np
@@ -155,8 +156,8 @@ class Dim:
 
     @staticmethod
     def even(size: int, axes: tuple[str, ...], mesh: Mesh, unit: int = 1) -> Dim:
-        """One segment split over ``axes`` as evenly as multiples of ``unit`` allow."""
-        return Dim.split(size, axes, even_parts(size, mesh.size(axes), unit))
+        """One segment split over ``axes`` as evenly, or by the ranks' speeds, as multiples of ``unit`` allow."""
+        return Dim.split(size, axes, shared_parts(size, mesh.shares(axes), unit))
 
     @cached_property
     def size(self) -> int:
@@ -384,18 +385,31 @@ def even_parts(size: int, n: int, unit: int = 1, before: int = 0) -> tuple[int, 
     >>> even_parts(1025, 4), even_parts(1, 4), even_parts(64, 3, unit=8), even_parts(2, 4, before=1025)
     ((257, 256, 256, 256), (1, 0, 0, 0), (24, 24, 16), (0, 1, 1, 0))
     """
+    return shared_parts(size, (Fraction(1, n),) * n, unit, before)
+
+
+@lru_cache(maxsize=4096)
+def shared_parts(size: int, shares: Sequence[Fraction], unit: int = 1, before: int = 0) -> tuple[int, ...]:
+    """The same for ranks that get these shares of the rows: of speeds 1 and 0.6, say, 5/8 and 3/8.
+
+    >>> shared_parts(1025, (Fraction(5, 8), Fraction(3, 8))), shared_parts(64, (Fraction(5, 8), Fraction(3, 8)), unit=8)
+    ((641, 384), (40, 24))
+    """
     if size % unit:
         raise ValueError(f"{size} rows are no multiple of {unit}")
-    units, first = size // unit, before // unit
-    return tuple((units // n + ((i - first) % n < units % n)) * unit for i in range(n))
+    held = filling_parts(before // unit, shares, (0,) * len(shares))
+    return tuple(n * unit for n in filling_parts(size // unit, shares, held))
 
 
-def filling_parts(size: int, held: Sequence[int]) -> tuple[int, ...]:
-    """``size`` rows over as many ranks as ``held`` names, evenly, larger parts where it says that fewer rows are.
+def filling_parts(size: int, shares: Sequence[Fraction], held: Sequence[int]) -> tuple[int, ...]:
+    """``size`` rows over ranks by their ``shares``; what does not divide, to those that are soonest done with it, with
+    what they hold of other rows (``held``).
 
-    >>> filling_parts(6, (20, 20, 19, 19))
+    >>> filling_parts(6, (Fraction(1, 4),) * 4, (20, 20, 19, 19))
     (1, 1, 2, 2)
     """
-    n = len(held)
-    more = set(sorted(range(n), key=lambda rank: (held[rank], rank))[: size % n])
-    return tuple(size // n + (rank in more) for rank in range(n))
+    parts = [int(size * share) for share in shares]  # rounded down
+    ready = sorted(range(len(parts)), key=lambda rank: ((held[rank] + parts[rank] + 1) / shares[rank], rank))
+    for rank in ready[: size - sum(parts)]:
+        parts[rank] += 1
+    return tuple(parts)

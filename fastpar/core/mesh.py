@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cache
 
 
@@ -18,15 +19,19 @@ from functools import cache
 class Mesh:
     """Named axes in row-major order: the last axis varies fastest with the rank.
 
-    ``Mesh((("ring", 2), ("ulysses", 4)))`` has 8 ranks; rank 5 is ring 1, ulysses 1.
+    ``Mesh((("ring", 2), ("ulysses", 4)))`` has 8 ranks; rank 5 is ring 1, ulysses 1. ``speeds`` has a number per rank
+    where some are faster than others: what is split is shared out in these proportions (STADI's elastic patches).
     """
 
     axes: tuple[tuple[str, int], ...] = ()
+    speeds: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         names = [name for name, _ in self.axes]
         if len(set(names)) != len(names):
             raise ValueError(f"mesh axis named twice: {names}")
+        if self.speeds and (len(self.speeds) != self.ranks or min(self.speeds) <= 0):
+            raise ValueError(f"a mesh of {self.ranks} ranks takes as many speeds above 0, not {self.speeds}")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -54,16 +59,25 @@ class Mesh:
         """``axes`` in the mesh's own order."""
         return tuple(name for name in self.names if name in axes)
 
+    def speed(self, rank: int) -> float:
+        """How fast a rank is, compared with the others."""
+        return self.speeds[rank] if self.speeds else 1.0
+
+    def shares(self, axes: tuple[str, ...]) -> tuple[Fraction, ...]:
+        """By coordinate of the sub-mesh over ``axes``, what its ranks are of all ranks' speed together."""
+        return _shares(self, axes)
+
     def __str__(self) -> str:
-        return ",".join(f"{name}:{size}" for name, size in self.axes) or "single"
+        axes = ",".join(f"{name}:{size}" for name, size in self.axes) or "single"
+        return axes + (";" + ":".join(map(repr, self.speeds)) if self.speeds else "")
 
     @classmethod
     def parse(cls, text: str) -> Mesh:
         """Inverse of ``str``."""
-        if text == "single":
-            return cls()
-        pairs = (item.rsplit(":", 1) for item in text.split(","))
-        return cls(tuple((name, int(size)) for name, size in pairs))
+        axes, _, row = text.partition(";")
+        pairs = (item.rsplit(":", 1) for item in axes.split(",")) if axes != "single" else ()
+        speeds = tuple(map(float, row.split(":"))) if row else ()
+        return cls(tuple((name, int(size)) for name, size in pairs), speeds)
 
 
 @cache
@@ -93,3 +107,14 @@ def _group(mesh: Mesh, rank: int, axes: tuple[str, ...]) -> tuple[int, ...]:
             index = index * size + wanted[name]
         members.append(index)
     return tuple(members)
+
+
+@cache
+def _shares(mesh: Mesh, axes: tuple[str, ...]) -> tuple[Fraction, ...]:
+    n = mesh.size(axes)
+    if not mesh.speeds:
+        return (Fraction(1, n),) * n
+    totals = [Fraction(0)] * n  # of floats, exactly: equal ones must stay equal
+    for rank, speed in enumerate(mesh.speeds):
+        totals[mesh.coordinate(rank, axes)] += Fraction(speed)
+    return tuple(total / sum(totals) for total in totals)

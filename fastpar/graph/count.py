@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -234,16 +235,17 @@ def carrying(program: Program, candidates: Sequence[Candidate]) -> tuple[dict[fx
 
 
 def attainable(
-    program: Program, candidates: Sequence[Candidate], ranks: int, cut: Collection[str] = (), tp: int = 1
+    program: Program, candidates: Sequence[Candidate], ranks: Fraction | int, cut: Collection[str] = (), tp: int = 1
 ) -> float:
     """FLOPs that a rank is left with at best, of a captured program.
 
-    An operator that carries a row to be split, in an operand or contracted, is shared by ``ranks``; one whose name
-    is in ``cut`` works on columns of weights and is shared by ``tp``; one that does both, by both.
+    An operator that carries a row to be split, in an operand or contracted, is shared by ``ranks`` (where they have
+    unequal shares, by the rows over the busiest one's); one whose name is in ``cut`` works on columns of weights and
+    is shared by ``tp``; one that does both, by both.
     """
     carriers = carrying(program, candidates)[1] if ranks > 1 else set()
     return sum(
-        node_flops(node, _shape) / ((ranks if node in carriers else 1) * (tp if node.name in cut else 1))
+        node_flops(node, _shape) / (float(ranks if node in carriers else 1) * (tp if node.name in cut else 1))
         for node in program.graph.nodes
         if node.op == "call_function"
     )

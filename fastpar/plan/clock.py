@@ -47,9 +47,9 @@ def run(
 ) -> Timeline:
     """The timeline of one call of N localised programs (rank r on device r).
 
-    ``slowdown`` has the ranks that compute slower than the others, and how many times; with ``jitter`` every operator
-    takes up to that share longer, by a number drawn from ``seed``. Raises OptionError for too few devices and for bad
-    values, CheckError where ranks come to different exchanges.
+    ``slowdown`` has the ranks that compute slower than their devices, and how many times; with ``jitter`` every
+    operator takes up to that share longer, by a number drawn from ``seed``. Raises OptionError for too few devices and
+    for bad values, CheckError where ranks come to different exchanges.
     """
     return play([call(programs, topology)], programs[0].mesh, topology, slowdown, jitter, seed)
 
@@ -65,13 +65,13 @@ def play(
 ) -> Timeline:
     """The timeline of several calls (see ``call``), one after the other on every rank; arguments as for ``run``.
     Events of the first ``keep`` calls are kept, by default of all."""
-    factors = [1.0] * mesh.ranks
+    factors = [1 / topology.speed(rank) for rank in range(mesh.ranks)]
     for rank, factor in (slowdown or {}).items():
         if rank not in range(mesh.ranks):
             raise OptionError(f"slowdown: there is no rank {rank!r}; valid: 0 to {mesh.ranks - 1}")
         if not 0 < factor < math.inf:
             raise OptionError(f"slowdown: rank {rank} takes a number above 0 times as long, not {factor!r}")
-        factors[rank] = float(factor)
+        factors[rank] *= factor
     if not 0 <= jitter < math.inf:
         raise OptionError(f"jitter is a share of an operator's time, 0 or more, not {jitter!r}")
     return Engine(calls, [level.reached for level in topology.levels], factors, jitter, seed, keep).run()

@@ -68,14 +68,14 @@ class Durations:
 
     def _measure(self, node: fx.Node) -> Task:
         device = self.topology.device
-        shares: dict[str, int] = {}  # ranks with other shapes than those before them; as text, for symbols have no hash
+        shares: dict[str, int] = {}  # other shapes or speeds than ranks before; as text: symbols have no hash
         for rank in range(self.mesh.ranks):
             shapes = [local_shape(n, self.mesh, rank) for n in (node, *node.all_input_nodes)]
-            shares.setdefault(str(shapes), rank)
+            shares.setdefault(str((shapes, self.topology.speed(rank))), rank)
         ranks = list(shares.values())
         size = max(self._bytes(node, r) for r in ranks)
         if node.target not in COLLECTIVES:
-            took = max(seconds(node, self.mesh, r, device) for r in ranks)
+            took = max(seconds(node, self.mesh, r, device) / self.topology.speed(r) for r in ranks)
             return Task(compute=took, size=size, view=is_view(node))
         moves = list(messages(node, self.mesh))
         senders, receivers, sizes = zip(*moves, strict=True)

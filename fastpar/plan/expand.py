@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import fx
 
 from fastpar.core.errors import PlanError
 from fastpar.core.mesh import Mesh
-from fastpar.core.plan import FP8_LETTERS, FP8_MEANING, Plan
+from fastpar.core.plan import FP8_LETTERS, FP8_MEANING, TOKEN_AXES, Plan
 from fastpar.passes.quantize import Quantize
 from fastpar.sharding.candidates import is_attention
 
-IMPLEMENTED = ("ulysses", "ring", "torus", "gather", "cfg", "tp", "naive", "fp8", "auto")
+IMPLEMENTED = ("ulysses", "ring", "torus", "gather", "cfg", "tp", "naive", "fp8", "speeds", "auto")
 """Plan terms that the compiler runs today; others are a clear error."""
 
 
@@ -78,7 +79,15 @@ def mesh_for(plan: Plan, graph: fx.Graph, order: Sequence[str] = ()) -> Mesh:
             axes.append((name, degree))
         else:
             axes += [(f"{name}{i}", f) for i, f in enumerate(factors)]
-    return Mesh(tuple(a for a in axes if a[1] > 1))
+    return with_speeds(plan, Mesh(tuple(a for a in axes if a[1] > 1)))
+
+
+def with_speeds(plan: Plan, mesh: Mesh) -> Mesh:
+    """The plan's mesh with the plan's speeds, of which there is one per rank of the token split, for every rank."""
+    if not plan.speeds:
+        return mesh
+    tokens = tuple(name for name in mesh.names if axis_of(name) in TOKEN_AXES)
+    return replace(mesh, speeds=tuple(plan.speeds[mesh.coordinate(rank, tokens)] for rank in range(mesh.ranks)))
 
 
 def axis_of(name: str) -> str:

@@ -1,8 +1,9 @@
 """Closed forms of a plan's communication, to hold what a program sends against: bytes, links and collectives.
 
 The forms stand in ``cost``. They give the mean of all ranks: where N does not divide the rows, and between neighbours
-(of which the first and the last rank have one), the busiest rank sends more. Rows that are moved for other reasons,
-such as a view that needs other parts, are not part of them.
+(of which the first and the last rank have one), the busiest rank sends more. Of rows that are shared out by the ranks'
+speeds, what the fastest sends at most. Rows that are moved for other reasons, such as a view that needs other parts,
+are not part of them.
 """
 
 from __future__ import annotations
@@ -83,6 +84,7 @@ def volume(sharded: Program, plan: Plan, mesh: Mesh) -> Volume:
     deal = mesh.size((dealt,)) if dealt else 1
     n = mesh.ranks // deal // (plan.tp or 1)
     out = Volume(_form(plan))
+    most = float(mesh.ranks * max(mesh.shares(mesh.names)))  # rows of the busiest rank over the mean: 1, or by speeds
     kinds: Counter[tuple[tuple[str, int], ...]] = Counter()
     levels = set()  # products whose columns are shared out and gathered together
     exchanges: set[fx.Node] = set()  # of halos and sums
@@ -93,7 +95,7 @@ def volume(sharded: Program, plan: Plan, mesh: Mesh) -> Volume:
             kinds[(*values.items(), ("itemsize", itemsize))] += 1
             travelling = _travelling(node, plan, values, itemsize)
             out.flows += [
-                Flow(cost.elements(name, **travelling) * itemsize / deal, *_route(name, node, mesh))
+                Flow(most * cost.elements(name, **travelling) * itemsize / deal, *_route(name, node, mesh))
                 for name in cost.terms(plan)
             ]
             out.collectives += sum(int(cost.number(cost.COLLECTIVES[s])(**values)) for s in cost.spaces(plan))
@@ -111,7 +113,7 @@ def volume(sharded: Program, plan: Plan, mesh: Mesh) -> Volume:
             size = value.numel() // mesh.size(mesh.ordered(split - set(axes)))  # other ranks have other rows of it
             kinds[(("E", size), ("N", mesh.size(axes)), ("itemsize", value.element_size()))] += 1
             sent = cost.elements("outputs", E=size, N=mesh.size(axes)) * value.element_size()
-            out.flows.append(Flow(sent / deal, axes))
+            out.flows.append(Flow(most * sent / deal, axes))
             levels.add((level, axes, bool(node.meta.get("hoisted"))))
         elif further := _further(node, mesh):
             name, symbols, axes = further
@@ -122,13 +124,14 @@ def volume(sharded: Program, plan: Plan, mesh: Mesh) -> Volume:
             exchanges.add(node.args[0])
     out.collectives += len(levels) + len(exchanges)
     out.text += "".join(f", plus {name} {cost.text(name)}" for name in dict.fromkeys(names))
+    out.text += f", rows {most:.4g} times for the fastest rank's share" if mesh.speeds else ""
     rows = tuple(a for a in mesh.names if a not in (dealt, "tp"))
     for node in set(sharded.graph.output_node().all_input_nodes):
         value = node.meta["val"]
         if n > 1 and _from_output(node) and isinstance(value, torch.Tensor):
             kinds[(("E", value.numel()), ("N", n), ("itemsize", value.element_size()))] += 1
             sent = cost.elements("outputs", E=value.numel(), N=n) * value.element_size()
-            out.flows.append(Flow(sent / deal, rows))
+            out.flows.append(Flow(most * sent / deal, rows))
             out.collectives += 1
     if dealt:
         out.flows.append(Flow(dealt_bytes(sharded, deal) / deal, (dealt,)))

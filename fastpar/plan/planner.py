@@ -74,6 +74,7 @@ def choose(work: Workload, ranks: int, topology: Topology, lowering: str = "indu
     invalid = []
     found: list[Prediction] = []
     for plan, why in _plans(work, ranks, topology):
+        plan = _paced(plan, topology)
         if why:
             invalid.append(Verdict(str(plan), None, why))
         else:
@@ -126,6 +127,16 @@ def _plans(work: Workload, ranks: int, topology: Topology) -> list[tuple[Plan, s
         if n > 1:
             out.append((Plan.parse(",".join([f"gather={n}", *guided])), why))
     return out
+
+
+def _paced(plan: Plan, topology: Topology) -> Plan:
+    """The plan with rows shared out by the speeds of its ranks' devices, where these differ (STADI's elastic patches).
+
+    Guidance is the outermost axis; of ranks that have the same rows of several batch items the slowest one counts.
+    """
+    n = plan.token_degree
+    speeds = tuple(min(topology.speed(rank) for rank in range(i, plan.degree, n)) for i in range(n))
+    return replace(plan, speeds=speeds) if len(set(speeds)) > 1 else plan
 
 
 def _won(p: Prediction, limit: float) -> str:

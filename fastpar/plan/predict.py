@@ -19,7 +19,8 @@ from fastpar.core.mesh import Mesh
 from fastpar.core.plan import Plan
 from fastpar.ops.quantize import row_bytes
 from fastpar.plan import cost
-from fastpar.plan.topology import Topology
+from fastpar.plan.expand import with_speeds
+from fastpar.plan.topology import Device, Topology
 from fastpar.plan.workload import Attention, Workload
 
 LAUNCH = 5e-6  # seconds that the CPU needs to launch a kernel from PyTorch
@@ -116,21 +117,11 @@ def _predict(
     deal = plan.cfg if dealt and plan.cfg else 1
     split = total // deal  # ranks that share one call
     tokens = plan.token_degree
-    uneven = math.ceil(work.rows / tokens) * tokens / work.rows
-    share = np.where(work.carries, uneven / split, 1.0)
-    cut = plan.tp or 1  # ranks that share columns of weights
-    stream = device.bandwidth * device.streaming
-    each = np.maximum.reduce([
-        work.flops * share / (device.flops * np.where(work.attends, device.attends(work.width), device.products)),
-        (work.activations * share + work.weights / np.where(work.carries, cut, 1)) / stream,
-        np.full(len(work.flops), FUSED * LAUNCH),
-    ])  # fmt: skip
-    compute = float((each * work.counts).sum())
-    if lowering == "eager":
-        # Tensor parallelism cuts what stands inside attention and MLP, and leaves norms, gates and residuals whole.
-        carried = (work.pointwise[0] - work.cut * (1 - 1 / cut)) * uneven * cut / split
-        one = carried / max(1.0, work.launches - float(work.counts.sum()))
-        compute += carried / device.pointwise(one) + work.pointwise[1] / stream
+    uneven = 1.0 if plan.speeds else math.ceil(work.rows / tokens) * tokens / work.rows
+    # what a rank has of a call's rows, and how fast it is: ranks alike are looked at once
+    parts = with_speeds(plan, place.mesh).shares(place.mesh.names)
+    paces = {(uneven * float(x) * deal, topology.speed(rank)) for rank, x in enumerate(parts)}
+    compute = max(_computing(work, plan, device, part, lowering) / speed for part, speed in paces)
     communication = exposed = sent = buffers = 0.0
     collectives = 0
     for attention in work.attentions:
@@ -170,9 +161,28 @@ def _predict(
         exposed=exposed / deal,
         bytes=sent / deal,
         collectives=collectives,
-        memory=work.parameters + work.peak * uneven / split + buffers,
+        memory=work.parameters + work.peak * max(part for part, _ in paces) + buffers,
         links={name: place.link(name) for name in order},
     )
+
+
+def _computing(work: Workload, plan: Plan, device: Device, part: float, lowering: str) -> float:
+    """Seconds for which ``device`` computes that has this part of the rows."""
+    share = np.where(work.carries, part, 1.0)
+    cut = plan.tp or 1  # ranks that share columns of weights
+    stream = device.bandwidth * device.streaming
+    each = np.maximum.reduce([
+        work.flops * share / (device.flops * np.where(work.attends, device.attends(work.width), device.products)),
+        (work.activations * share + work.weights / np.where(work.carries, cut, 1)) / stream,
+        np.full(len(work.flops), FUSED * LAUNCH),
+    ])  # fmt: skip
+    compute = float((each * work.counts).sum())
+    if lowering == "eager":
+        # Tensor parallelism cuts what stands inside attention and MLP, and leaves norms, gates and residuals whole.
+        carried = (work.pointwise[0] - work.cut * (1 - 1 / cut)) * part * cut
+        one = carried / max(1.0, work.launches - float(work.counts.sum()))
+        compute += carried / device.pointwise(one) + work.pointwise[1] / stream
+    return compute
 
 
 def _converting(a: Attention, plan: Plan, split: int) -> float:

@@ -5,6 +5,8 @@ on the next level (a socket link, a network), each by one link with a bandwidth 
 ``graph()`` gives it as a networkx graph. Presets stand in ``presets/*.toml``, one's own machine in a file of
 the same form:
 
+    speeds = [1, 1, 0.6]  # of the devices in order, as multiples of [device]; may be left out: all alike
+
     [device]
     name = "H100 SXM 80 GB"
     flops = 989e12        # dense bf16 products, FLOP/s
@@ -40,6 +42,7 @@ from fastpar.core.errors import OptionError
 from fastpar.core.text import unknown
 
 DEFAULT = "h100-8"
+_ENTRIES = ("description", "speeds", "device", "level")
 _DEVICE = ("name", "flops", "bandwidth", "memory")
 _OPTIONAL = ("cache",)
 _LEVEL = ("name", "size", "bandwidth", "latency")
@@ -98,12 +101,14 @@ class Level:
 
 @dataclass(frozen=True)
 class Topology:
-    """A tree of equal devices. Ranks are devices in order: neighbours share the innermost switch."""
+    """A tree of devices. Ranks are devices in order: neighbours share the innermost switch. ``speeds`` has a number
+    per device where some compute faster than others: 0.6 takes 1/0.6 times as long for everything as ``device``."""
 
     name: str
     description: str
     device: Device
     levels: tuple[Level, ...]
+    speeds: tuple[float, ...] = ()
 
     @property
     def devices(self) -> int:
@@ -116,6 +121,10 @@ class Topology:
             out.append(span)
             span *= level.size
         return tuple(out)
+
+    def speed(self, rank: int) -> float:
+        """How fast a rank's device is, as a multiple of ``device``."""
+        return self.speeds[rank] if self.speeds else 1.0
 
     def check(self, ranks: int) -> None:
         """Raise OptionError where a plan needs more devices than there are."""
@@ -195,9 +204,9 @@ def parse(text: str, name: str) -> Topology:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise OptionError(f"topology {name!r}: {error}") from error
-    extra = [key for key in data if key not in ("description", "device", "level")]
+    extra = [key for key in data if key not in _ENTRIES]
     if extra:
-        raise OptionError(f"topology {name!r}: " + unknown("entry", extra[0], ("description", "device", "level")))
+        raise OptionError(f"topology {name!r}: " + unknown("entry", extra[0], _ENTRIES))
     levels = data.get("level")
     if not isinstance(levels, list) or not levels:
         raise OptionError(f"topology {name!r}: needs a [[level]] or more, from the inside out")
@@ -205,12 +214,16 @@ def parse(text: str, name: str) -> Topology:
     made = [
         _fields(level, _LEVEL, _SHARES[3:], f"topology {name!r}: [[level]] {i + 1}") for i, level in enumerate(levels)
     ]
-    return Topology(
-        name,
-        str(data.get("description", name)),
-        Device(**device),
-        tuple(Level(**{**level, "size": int(level["size"])}) for level in made),
-    )
+    joined = tuple(Level(**{**level, "size": int(level["size"])}) for level in made)
+    speeds = _speeds(data.get("speeds", []), math.prod(level.size for level in joined), name)
+    return Topology(name, str(data.get("description", name)), Device(**device), joined, speeds)
+
+
+def _speeds(given: Any, devices: int, name: str) -> tuple[float, ...]:
+    good = isinstance(given, list) and len(given) in (0, devices)
+    if not good or any(isinstance(x, bool) or not isinstance(x, int | float) or not 0 < x < math.inf for x in given):
+        raise OptionError(f"topology {name!r}: speeds are {devices} numbers above 0, one per device, not {given!r}")
+    return tuple(map(float, given))
 
 
 def _fields(
@@ -253,6 +266,6 @@ def detect(ranks: int) -> tuple[Topology, str]:
     if chosen.devices < ranks:
         outer = chosen.levels[-1]
         levels = (*chosen.levels[:-1], replace(outer, size=-(-ranks * outer.size // chosen.devices)))
-        chosen = replace(chosen, levels=levels)
+        chosen = replace(chosen, levels=levels, speeds=())
         why += f", with {chosen.devices} devices on {outer.name}"
     return chosen, why

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from fastpar.core.layout import Dim, Layout, Partial, even_parts
+from fastpar.core.layout import Dim, Layout, Partial
 from fastpar.core.mesh import Mesh
 from fastpar.core.regroup import disjoint
 from fastpar.rules.table import Call, Decision, Gather, Pos, Rule
@@ -119,7 +119,7 @@ class FactorRule(Rule):
             if op is not None:
                 if not disjoint(dim):  # a row held twice would be counted twice
                     axes = mesh.ordered(dim.axes)
-                    dim = Dim.split(dim.size, axes, even_parts(dim.size, mesh.size(axes)))
+                    dim = Dim.even(dim.size, axes, mesh)
                 if op != "sum" and any(dim.local(mesh, r) == 0 for r in range(mesh.ranks)):
                     reasons[name] = f"a rank without rows has no {op}"
                     continue

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastpar.core.layout import Atom, Dim, Layout, Seg, even_parts, filling_parts
+from fastpar.core.layout import Atom, Dim, Layout, Seg, filling_parts
 from fastpar.core.mesh import Mesh
 from fastpar.core.regroup import Misfit, cat_dims, disjoint, regroup, slice_dim
 from fastpar.rules.factor import FactorRule, Factors
@@ -50,7 +50,7 @@ class ViewRule(Rule):
             # realigning pays where work on the rows follows; at the end they are gathered anyway
             first = not call.tail and not any(g.kind == "realign" for g in gathers)
             if first and dims.unit > 1 and size % dims.unit == 0 and 2 * size >= n * dims.unit:
-                realigned = Dim.split(size, axes, even_parts(size, n, dims.unit))
+                realigned = Dim.even(size, axes, mesh, dims.unit)
                 gathers.append(
                     Gather(0, f"the view cuts rows into multiples of {dims.unit}", kind="realign")
                 )
@@ -280,7 +280,7 @@ class CatRule(Rule):
                     size = call.shapes[i][d]
                     if len(along[i].atoms) > 1:
                         gathers.append(Gather(i, "a concatenation behind a merged dimension", "realign"))
-                    parts = filling_parts(size, held)
+                    parts = filling_parts(size, mesh.shares(axes), held)
                     along[i] = Dim.split(size, axes, parts)
                     held = [h + part for h, part in zip(held, parts, strict=True)]
             dims.append(cat_dims([along[i] for i in used]) or Dim.whole(call.shape[d]))

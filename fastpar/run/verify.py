@@ -188,7 +188,9 @@ def _explained(built: Built, play: _Play = _Play()) -> Report:  # noqa: B008  (f
     tp = built.plan.tp or 1
     cut = built.lowered.gm.meta.get("cut", ())
     candidates = find(built.captured.graph) + ([batch] if batch else [])
-    left = attainable(built.captured, candidates, ranks // deal // tp, cut, tp)
+    # the largest share of the rows that a rank has: an N-th, or what its speed gives it
+    most = max(built.mesh.shares(tuple(a for a in built.mesh.names if a not in (built.dealt, "tp"))))
+    left = attainable(built.captured, candidates, 1 / most, cut, tp)
     times, whole = roofline.seconds(built.lowered), roofline.seconds(built.captured)[0]
     form = volume(built.lowered, built.plan, built.mesh)
     return Report(

@@ -17,7 +17,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from fastpar.core.inherit import inherited
-from fastpar.core.layout import Atom, Dim, Layout, Seg, even_parts
+from fastpar.core.layout import Atom, Dim, Layout, Seg, shared_parts
 from fastpar.core.mesh import Mesh
 from fastpar.core.regroup import Misfit, regroup
 from fastpar.core.transfer import elements_sent, is_local
@@ -71,13 +71,13 @@ def heavy_ahead(graph: fx.Graph) -> set[fx.Node]:
 def seed_layout(
     layout: Layout, pos: Pos, axes: tuple[str, ...], mesh: Mesh, unit: int = 1, before: int = 0
 ) -> Layout:
-    """``layout`` with the factor ``pos`` cut evenly over ``axes``, in multiples of ``unit`` rows (``even_parts``).
+    """``layout`` with the factor ``pos`` shared out over ``axes``, in multiples of ``unit`` rows (``shared_parts``).
 
     The factor itself must be whole; those above and below it may be split over other axes.
     """
     if pos.size % unit:
         unit = 1
-    parts = even_parts(pos.size, mesh.size(axes), unit, before)
+    parts = shared_parts(pos.size, mesh.shares(axes), unit, before)
     around = regroup((layout.dims[pos.dim],), (pos.outer, pos.size, pos.inner))
     if isinstance(around, Misfit) or not around[1].is_whole:
         return layout

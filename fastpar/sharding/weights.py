@@ -23,7 +23,7 @@ from operator import getitem
 import torch
 from torch import fx
 
-from fastpar.core.layout import Atom, Dim, Layout, Seg, even_parts
+from fastpar.core.layout import Atom, Dim, Layout, Seg, shared_parts
 from fastpar.core.mesh import Mesh
 from fastpar.core.regroup import Misfit, regroup
 from fastpar.core.transfer import is_local
@@ -94,7 +94,7 @@ def layouts_of(groups: Collection[Group], axes: tuple[str, ...], mesh: Mesh) -> 
     """Layouts of the weights whose products the groups are: every factor in whole grains over ``axes``."""
     pieces: dict[tuple[fx.Node, int], dict[Pos, tuple[int, ...]]] = {}
     for factor in (f for group in groups for f in group.factors):
-        grains = even_parts(factor.grains, mesh.size(axes))
+        grains = shared_parts(factor.grains, mesh.shares(axes))
         for seed in factor.seeds:
             each = seed.pos.size * seed.pos.inner // factor.grains
             parts = tuple(n * each for n in grains)

@@ -13,7 +13,7 @@ from fastpar.sharding.insert import HEAVY
 
 
 def busiest(graph: fx.Graph, mesh: Mesh) -> float:
-    """Multiply-adds of the largest rank (attention over split keys counted as if it had them all)."""
+    """Multiply-adds of the rank that is last with them (attention over split keys counted as if it had them all)."""
     work = [0.0] * mesh.ranks
     for node in graph.nodes:
         schema = getattr(node.target, "_schema", None)
@@ -21,7 +21,7 @@ def busiest(graph: fx.Graph, mesh: Mesh) -> float:
             layout, each = node.meta["layout"], depth(node)
             for rank in range(mesh.ranks):
                 work[rank] += math.prod(layout.local_shape(mesh, rank)) * each
-    return max(work)
+    return max(amount / mesh.speed(rank) for rank, amount in enumerate(work))
 
 
 def depth(node: fx.Node) -> int:

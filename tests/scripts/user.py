@@ -129,6 +129,13 @@ def gather() -> dict[str, Any]:
     return differences(model, compiled(model, plan=plan), inputs(), inputs(seed=1))
 
 
+def speeds() -> dict[str, Any]:
+    """The last rank is the fastest: three times as many rows as the others."""
+    model, n = denoiser(), dist.get_world_size()
+    plan = f"gather={n},speeds({':'.join(['1'] * (n - 1) + ['3'])})"
+    return differences(model, compiled(model, plan=plan), inputs(), inputs(seed=1))
+
+
 def windows() -> dict[str, Any]:
     """Convolutions between mirrored rows, pools and interpolation."""
     torch.manual_seed(0)
