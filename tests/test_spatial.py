@@ -70,6 +70,31 @@ class Spatial(nn.Module):
         return self.inner(x.view(b, *rows, 8).movedim(-1, 1)).sin()
 
 
+class OverFrames(nn.Module):
+    """Attention inside each frame, a convolution over its rows and columns, one over frames with places merged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.space, self.time = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, (3, 1), padding=(1, 0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        b, t, h, w, _ = x.shape
+        q = x.view(b * t, h * w, 2, 4).transpose(1, 2)
+        y = torch.nn.functional.scaled_dot_product_attention(q, q, q).transpose(1, 2)
+        y = self.space(y.reshape(b * t, h, w, 8).permute(0, 3, 1, 2))
+        return self.time(y.view(b, t, 8, h * w).permute(0, 2, 1, 3))
+
+
+@pytest.mark.parametrize("plan", ["gather=3", "ulysses=4", "ring=6"])
+def test_a_window_of_one_row_looks_at_no_other(plan: str) -> None:
+    """Columns are split; behind rows that they are merged with, nothing is exchanged for them."""
+    torch.manual_seed(0)
+    report = fastpar.verify(OverFrames().double(), (torch.randn(2, 2, 5, 12, 8, dtype=torch.float64),), plan=plan)
+    assert report.ok and not report.fallbacks
+    assert report.flops_share <= 1.01 * report.attainable_share
+    assert not any("self.time" in c.source for c in report.collectives if c.why != "output")
+
+
 class Codebook(nn.Module):
     """Distances of rows to the entries of a codebook, as vector quantisation has them."""
 

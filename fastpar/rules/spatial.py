@@ -115,6 +115,8 @@ class ConvolutionRule(Rule):
         stride, padding, reach = self._geometry(call, d)
         if call.arg(6, "transposed") or padding:
             return None
+        if stride == reach == 1 and disjoint(dim):
+            return dim, dim  # no row looks at another, whatever was merged
         atom = dim.single
         if atom is None or not all(s.axes == atom.segs[0].axes for s in atom.segs):
             return None
