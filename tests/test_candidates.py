@@ -120,3 +120,28 @@ class Factorised(FeedForward):
 def test_frames_and_rows_are_alternatives(plan: str, shape: tuple[int, ...], batch: int) -> None:
     report = check(Factorised(), plan, torch.randn(batch, *shape, WIDTH))
     assert report.flops_share == pytest.approx(1 / report.ranks)  # twelve of either divide, five do not
+
+
+class Tail(nn.Module):
+    """Takes what it works on out of an input that has more rows; ``all`` of them are keys."""
+
+    def __init__(self, keys: str) -> None:
+        super().__init__()
+        self.keys, self.out = keys, nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, joint: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        q = joint[:, 5:] * (1 + scale[:-1, None])
+        k = joint if self.keys == "all" else q
+        return self.out(F.scaled_dot_product_attention(q[:, None], k[:, None], k[:, None])[:, 0])
+
+
+@pytest.mark.parametrize("keys", ["own", "all"])
+@pytest.mark.parametrize("plan", ["gather=4", "cfg=2", "cfg=2,gather=2"])
+def test_of_an_input_these_rows_are_even_that_are_taken(plan: str, keys: str) -> None:
+    """20 of 25 tokens, and 2 of 3 rows of a table: a rank has 5 tokens, or one batch item with its row."""
+    torch.manual_seed(0)
+    given = torch.randn(2, 25, WIDTH), torch.randn(3, WIDTH)
+    report = fastpar.verify(Tail(keys).double(), tuple(x.double() for x in given), plan=plan)
+    assert report.ok and not report.fallbacks
+    assert report.flops_share == pytest.approx(report.attainable_share)
+    assert {c.why for c in report.collectives} <= {"output", "attention"}

@@ -98,7 +98,18 @@ class Walk:
         if len(found) > 1 and not self.all_operands and not call.name.startswith("aten::cat"):
             most = max(math.prod(call.shapes[i]) for i, _ in found)
             found = [(i, p) for i, p in found if math.prod(call.shapes[i]) == most]
+        if call.name.startswith("aten::slice") and any(p.size > pos.size for _, p in found) and self._given(node):
+            return []  # nothing is computed of the other rows: it is these that are to be even
         return [(call.operands[i], p) for i, p in found]
+
+    def _given(self, node: fx.Node) -> bool:
+        """Whether a value is but a piece of an input, looked at in some way."""
+        while node.op == "call_function":
+            call = self.call(node)
+            if not (call.name in VIEWS or call.name.startswith("aten::slice")) or len(call.operands) != 1:
+                return False
+            node = call.operands[0]
+        return node.op in ("placeholder", "get_attr")
 
     def seeds(self, node: fx.Node, pos: Pos) -> frozenset[Seed]:
         """Where the rows ``pos`` of ``node`` first are one dimension of a value."""
