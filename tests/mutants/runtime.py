@@ -13,6 +13,10 @@ def onesided(words: str) -> tuple[str, ...]:
     return ("tests/test_onesided.py", "-k", words)
 
 
+def memory(words: str) -> tuple[str, ...]:
+    return ("tests/test_onesided_memory.py", "-k", words)
+
+
 def ranges(words: str) -> tuple[str, ...]:
     return ("tests/test_ranges.py", "-k", words)
 
@@ -66,7 +70,7 @@ MUTANTS = (
         "        with self.sending(channel):\n",
         "        self.raise_flags([(p, self.message_flag(channel, self.rank)) for p, *_ in pieces if p != self.rank])\n"
         "        import time; time.sleep(0.002)\n        with self.sending(channel):\n",
-        onesided("real_heaps"),
+        memory("real_heaps"),
     ),
     Mutant(
         "no credit where one is needed", "backends/onesided/order.py",
@@ -87,7 +91,7 @@ MUTANTS = (
     Mutant(
         "a flag of the call before will do", "backends/onesided/shared.py",
         "wanted = self.flags[self.rank], self.calls - lag", "wanted = self.flags[self.rank], self.calls - lag - 1",
-        onesided("belong or never_comes"),
+        memory("belong or never_comes"),
     ),
     Mutant(
         "a piece goes to the start of the slot", "backends/onesided/rewrite.py",
@@ -122,6 +126,6 @@ MUTANTS = (
     ),
     Mutant(
         "a message that is missing is not told", "backends/onesided/symmetric.py",
-        "self.told.copy_(self.failed", "self.told.copy_(self.told", onesided("interpreter"),
+        "self.told.copy_(self.failed", "self.told.copy_(self.told", memory("interpreter"),
     ),
 )  # fmt: skip
