@@ -25,6 +25,7 @@ from fastpar.graph.dump import dumper
 from fastpar.graph.program import Program
 from fastpar.registry import LOWERINGS
 from fastpar.run.agree import agree, compiling, meet
+from fastpar.run.alike import alike
 from fastpar.run.artefact import Runner
 from fastpar.run.build import Built, build
 from fastpar.run.capturing import capturing
@@ -116,6 +117,7 @@ def finish(program: Program, options: Options, group: Any, last: bool = False, h
     if dealt:
         me, degree = built.mesh.coordinate(rank, dealt), built.mesh.size(dealt)
         runner = Dealt(runner, program, me, degree, groups[dealt], frame_counter(), last)
+    runner = alike(runner, program, group, options.timeout, hold)
     if rank == 0:
         _announce(built, lowering, time.perf_counter() - begin)
     meet(group, options.timeout)  # compile skew ends here, not in the first collective's watchdog

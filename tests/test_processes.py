@@ -23,7 +23,7 @@ from filelock import FileLock
 
 SCRIPT = Path(__file__).parent / "scripts" / "user.py"
 FLOAT32 = 2e-6  # relative; eager itself is about 2e-7 from float64
-DIFFER = ("other_shapes", "other_plans", "other_code", "fails_on_one_rank")
+DIFFER = ("other_shapes", "other_plans", "other_code", "other_noise", "other_weights", "fails_on_one_rank")
 
 Results = list[dict[str, Any]]
 
@@ -60,7 +60,8 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Results:
 
     Workers of xdist share one launch: the first one makes it, the others wait for its files.
     """
-    tasks = ("prompts", "gather", "speeds", "resolutions", "steps", "without_rows", "windows", "verify_and_dump",
+    tasks = ("prompts", "gather", "speeds", "resolutions", "steps", "without_rows", "windows", "rounded_inputs",
+             "verify_and_dump",
              *DIFFER, "after", "absent")  # fmt: skip
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "two"
@@ -112,6 +113,14 @@ def test_a_module_without_rows_runs_and_says_so(two: Results) -> None:
 
 
 @pytest.mark.distributed
+def test_inputs_that_were_rounded_differently_are_said_and_taken(two: Results) -> None:
+    said = [m for r in two for m in r["rounded_inputs"]["messages"] if "as if rounded differently" in m]
+    assert len(said) == 1, "by the rank that saw all"
+    for result in two:
+        assert result["rounded_inputs"]["compiles"] == [1]
+
+
+@pytest.mark.distributed
 def test_verify_and_dump(two: Results) -> None:
     """A text with layouts and a runnable program per pass; the last one is the rank's own."""
     for result in two:
@@ -131,12 +140,14 @@ def test_verify_and_dump(two: Results) -> None:
         ("other_shapes", "inputs", ("image: float32[2, 2, 14, 22]", "image: float32[2, 2, 16, 22]")),
         ("other_plans", "plan", ("rank 0 has 'ulysses=2'", "rank 1 has 'gather=2'")),
         ("other_code", "graph", ("rank 0 has", "rank 1 has")),
+        ("other_noise", "the values of image", ("rank 0 has", "rank 1 has", "seed the generator that draws noise")),
+        ("other_weights", "the values of ", ("rank 0 has", "rank 1 has", "load the same checkpoints")),
     ],
 )
 def test_ranks_that_differ_all_raise(two: Results, task: str, field: str, values: tuple[str, ...]) -> None:
     for result in two:
         message = result[task]["raised"]
-        assert message.startswith(f"AgreementError: ranks do not agree on {field!r}"), message
+        assert message.startswith(f"AgreementError: ranks do not agree on '{field}"), message
         assert all(v in message for v in values), message
 
 

@@ -23,9 +23,10 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import eq
 from os.path import commonprefix
 from typing import Any
 
@@ -89,13 +90,15 @@ def agree(
     group: Any = None,
     timeout: float | None = None,
     store: Any = None,
+    same: Callable[[str, str], bool] = eq,
 ) -> None:
-    """Return on all ranks of ``group`` once all have called this with equal fields, or raise on all of them.
+    """Return on all ranks of ``group`` once all have called this with the same fields, or raise on all of them.
 
     ``group`` is a process group, a ``DeviceMesh``, a ``Party`` or ``None`` for the world; ``timeout`` is in
-    seconds, ``FASTPAR_TIMEOUT`` (60) by default; ``store`` replaces the default process group's. Every rank
-    must make the same sequence of calls. With one rank, without ``torch.distributed`` and on backends where
-    one process stands for all ranks there is nobody to agree with, and nothing happens.
+    seconds, ``FASTPAR_TIMEOUT`` (60) by default; ``store`` replaces the default process group's; ``same`` says
+    whether two values of a field are. Every rank must make the same sequence of calls. With one rank, without
+    ``torch.distributed`` and on backends where one process stands for all ranks there is nobody to agree with, and
+    nothing happens.
 
     Raises ``AgreementError``: ranks differ (names them, the first differing field and the values), ranks did
     not come in time (names them), a rank failed while compiling (with its message), or the store is gone.
@@ -107,7 +110,7 @@ def agree(
     try:
         round = party.round()
         party.publish(round, key_fields)
-        verdict = _await_verdict(party, round, timeout)
+        verdict = _await_verdict(party, round, timeout, same)
         party.conclude(round, verdict)
     except RuntimeError as error:  # what torch's stores raise; rank 0 holds the store in most set-ups
         raise AgreementError(f"rank {party.rank} cannot reach the process group's store: {error}") from error
@@ -190,17 +193,17 @@ def party_of(group: Any = None, store: Any = None) -> Party | None:
     return Party(dist.distributed_c10d._get_default_store() if store is None else store, rank, ranks)
 
 
-def _await_verdict(party: Party, round: int, timeout: float) -> str:
+def _await_verdict(party: Party, round: int, timeout: float, same: Callable[[str, str], bool]) -> str:
     deadline, pause = time.monotonic() + timeout, _FIRST_PAUSE
     # Whoever comes last sees everybody's fields, for the store puts all writes in one order; the others only
     # have to look at the verdict.
     if party.came(round, party.ranks):
-        return party.decide(round, _compare(party, round))
+        return party.decide(round, _compare(party, round, same))
     while (verdict := party.verdict(round)) is None:
         if time.monotonic() >= deadline:
             missing = [rank for rank in party.ranks if not party.came(round, [rank])]
             # None missing: the last one came but ended before it could decide.
-            message = _absent(party, missing, timeout) if missing else _compare(party, round)
+            message = _absent(party, missing, timeout) if missing else _compare(party, round, same)
             return party.decide(round, message)
         time.sleep(max(0.0, min(pause, deadline - time.monotonic())))
         # Thousands of ranks look at one store: they look less often.
@@ -208,13 +211,15 @@ def _await_verdict(party: Party, round: int, timeout: float) -> str:
     return verdict
 
 
-def _compare(party: Party, round: int) -> str:
-    """``_AGREED`` if all ranks published equal fields, else the message that names the first difference."""
+def _compare(party: Party, round: int, same: Callable[[str, str], bool]) -> str:
+    """``_AGREED`` if all ranks published the same fields, else the message that names the first difference."""
     given = {rank: party.read(round, rank) for rank in party.ranks}
     for name in dict.fromkeys(name for fields in given.values() for name in fields):
         holders: dict[str | None, list[int]] = {}
         for rank, fields in given.items():
-            holders.setdefault(fields.get(name), []).append(rank)
+            value = fields.get(name)
+            held = (v for v in holders if v == value or None not in (v, value) and same(v, value))  # type: ignore[arg-type]
+            holders.setdefault(next(held, value), []).append(rank)
         if len(holders) > 1:
             shown = _excerpts([value for value in holders])
             told = [

@@ -128,4 +128,16 @@ MUTANTS = (
         "a message that is missing is not told", "backends/onesided/symmetric.py",
         "self.told.copy_(self.failed", "self.told.copy_(self.told", memory("interpreter"),
     ),
+    Mutant(
+        "whatever ranks are called with is the same", "fastpar/run/alike.py",
+        "    if not all((p - q) ** 2", "    if all((p - q) ** 2", ("tests/test_alike.py", "-k", "values or noise"),
+    ),
+    Mutant(
+        "parts of weights are compared", "fastpar/run/alike.py",
+        'elif not (held and given.kind == "parameter"):', "else:", ("tests/test_alike.py", "-k", "parts"),
+    ),
+    Mutant(
+        "every call is compared", "fastpar/run/alike.py",
+        "            seen.append(True)\n", "", ("tests/test_alike.py", "-k", "first_call"),
+    ),
 )  # fmt: skip

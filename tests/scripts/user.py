@@ -224,6 +224,25 @@ def other_code() -> None:
     compiled(model)(*inputs())
 
 
+def other_noise() -> None:
+    """Noise of a generator that is seeded with the rank, as it is where nobody seeds it."""
+    compiled(denoiser(depth=1))(*inputs(seed=dist.get_rank()))
+
+
+def other_weights() -> None:
+    model = denoiser(depth=1)
+    if dist.get_rank():
+        next(model.parameters()).mul_(1.01)
+    compiled(model)(*inputs())
+
+
+def rounded_inputs() -> dict[str, Any]:
+    """As a text encoder on another device would give them."""
+    model, given = denoiser(), list(inputs())
+    given[0] = given[0] * (1 + 1e-6 * dist.get_rank())
+    return differences(model, compiled(model), tuple(given))
+
+
 def fails_on_one_rank() -> None:
     fast = compiled(denoiser(depth=1), **({"plan": "ulises=2"} if dist.get_rank() else {}))
     fast(*inputs())
