@@ -31,7 +31,7 @@ from fastpar.core.errors import OptionError
 from fastpar.graph.closure import best_closure
 from fastpar.graph.count import node_flops
 from fastpar.graph.pipeline import Pass, PassContext
-from fastpar.graph.program import Program, source_line
+from fastpar.graph.program import Program, draws, source_line
 from fastpar.graph.prologue import bytes_on_ranks, parts_read
 from fastpar.graph.roofline import is_view, local_shape, reads
 from fastpar.graph.schedule import SLACK, calls, shortest
@@ -133,7 +133,7 @@ def _fixed(graph: fx.Graph, given: set[fx.Node]) -> dict[fx.Node, None]:
 
 def _stays(node: fx.Node, given: Collection[fx.Node], fixed: Collection[fx.Node]) -> bool:
     """Whether an operator gives the same every time, all that it takes being ``given`` or ``fixed``."""
-    if node.op != "call_function" or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+    if node.op != "call_function" or draws(node):
         return False
     return not node.is_impure() and all(n in given or n in fixed for n in node.all_input_nodes)
 

@@ -72,6 +72,19 @@ def test_weights_that_are_parts_are_not_compared(recorded: Any) -> None:
     assert called(recorded, changed(recorded, "proj.weight", lambda a: a + 1), held=True) == [None] * 3
 
 
+def test_who_draws_random_numbers_must_draw_the_same(recorded: Any) -> None:
+    def noisy(x: torch.Tensor) -> torch.Tensor:
+        return x + torch.rand_like(x)
+
+    drawing = fastpar.capture(noisy, (torch.zeros(3),)).programs[0]
+    texts = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        texts.append(alike.values(drawing.program, drawing.args)["the state of the random generator"])
+    assert texts[0] == texts[1] != texts[2]
+    assert "the state of the random generator" not in alike.values(recorded.program, recorded.args)
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.sampled_from([torch.float64, torch.bfloat16, torch.complex64]), st.integers(8, 5000), st.integers(1, 999))
 def test_noise_of_another_seed_is_never_taken_for_rounding(dtype: torch.dtype, size: int, seed: int) -> None:

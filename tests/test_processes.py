@@ -140,7 +140,7 @@ def test_verify_and_dump(two: Results) -> None:
         ("other_shapes", "inputs", ("image: float32[2, 2, 14, 22]", "image: float32[2, 2, 16, 22]")),
         ("other_plans", "plan", ("rank 0 has 'ulysses=2'", "rank 1 has 'gather=2'")),
         ("other_code", "graph", ("rank 0 has", "rank 1 has")),
-        ("other_noise", "the values of image", ("rank 0 has", "rank 1 has", "seed the generator that draws noise")),
+        ("other_noise", "the values of image", ("rank 0 has", "rank 1 has", "seed the generators that draw noise")),
         ("other_weights", "the values of ", ("rank 0 has", "rank 1 has", "load the same checkpoints")),
     ],
 )

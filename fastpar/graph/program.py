@@ -191,6 +191,11 @@ def _constant_text(value: Any) -> str:
 _FRAME = re.compile(r'^\s*File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<func>\S+)\s*$')
 
 
+def draws(node: fx.Node) -> bool:
+    """Whether an operator takes numbers from a random generator."""
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
 def source_line(node: fx.Node) -> str:
     """Where in the model a node comes from: ``models/transformer.py:123 in forward: x = ...``.
 

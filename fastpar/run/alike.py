@@ -6,10 +6,12 @@ checksums of its inputs and weights and compares them through the store; later c
 
 Weights and whole numbers have the same bits on all ranks. What the user passes may have been computed on each rank, a
 prompt's embedding say, and devices that are not alike round differently: there some numbers are compared as well.
+A program that draws random numbers also has the state of the generator compared.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +19,8 @@ from typing import Any
 import torch
 
 from fastpar.core.errors import AgreementError
-from fastpar.graph.program import Program
+from fastpar.graph.devices import device_of
+from fastpar.graph.program import Program, draws
 from fastpar.ops.checksum import LANES, checksums
 from fastpar.run.agree import agree, party_of
 from fastpar.run.artefact import Runner
@@ -27,8 +30,8 @@ log = logging.getLogger("fastpar")
 SAMPLES = 32  # numbers of a tensor
 NEAR = 0.1  # of their root mean square: rounding in a text encoder is below, other noise is far above
 _VALID = (
-    "every rank must call the model with the same inputs and weights: seed the generator that draws noise (or the one "
-    "that initialises weights) alike on all ranks, and load the same checkpoints"
+    "every rank must call the model with the same inputs and weights: seed the generators that draw noise (or initial "
+    "weights) alike on all ranks, and load the same checkpoints"
 )
 
 
@@ -56,8 +59,9 @@ def alike(run: Runner, program: Program, group: Any, timeout: float, held: bool 
 
 def values(program: Program, args: Sequence[Any], held: bool = False) -> dict[str, str]:
     """A text per input, those of the user first: a number's own, or a tensor's checksum, and some of its numbers."""
+    drawn = any(map(draws, program.graph.nodes))
     pairs = sorted(zip(program.inputs, args, strict=True), key=lambda pair: pair[0].kind != "user")
-    out: dict[str, str] = {}
+    out = {"the state of the random generator": _generator(device_of(program.graph))} if drawn else {}
     tensors: dict[torch.device, list[tuple[str, torch.Tensor]]] = {}
     for given, value in pairs:
         name = f"the values of {given.name}"
@@ -72,6 +76,12 @@ def values(program: Program, args: Sequence[Any], held: bool = False) -> dict[st
         for (name, _), number in zip(several, found.tolist(), strict=True):
             out[name] += f" (checksum {number & (1 << 64) - 1:016x})"
     return out
+
+
+def _generator(device: torch.device | None) -> str:
+    """The state of the generator that operators draw from, as a number."""
+    state = torch.get_rng_state() if device is None else getattr(torch, device.type).get_rng_state(device)
+    return hashlib.sha256(state.numpy().tobytes()).hexdigest()[:16]
 
 
 def _samples(x: torch.Tensor) -> str:

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fastpar.graph.program import Program
+from fastpar.graph.program import Program, draws
 from fastpar.graph.prologue import Parts, apart, checked, local_values, split
 from fastpar.ops.checksum import checksums
 from fastpar.run.artefact import Artefact, Runner, StateSpec
@@ -71,8 +71,7 @@ class _Hoisted:
         self.reads = parts.reads
         self.names = tuple(i.name for i in parts.prologue.inputs)
         # A step that draws random numbers cannot be tried: it would draw twice.
-        self.random = any(torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ())
-                          for n in parts.step.graph.nodes)  # fmt: skip
+        self.random = any(map(draws, parts.step.graph.nodes))
         kept = [(n.name, n.meta["val"]) for n in parts.kept]
         artefact.state = tuple(StateSpec(name, tuple(v.shape), v.stride(), v.dtype) for name, v in kept)
         programs = {"prologue": parts.prologue, "step": parts.step}
