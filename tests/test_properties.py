@@ -178,7 +178,7 @@ ANY_PLAN = st.sampled_from(TOGETHER).flatmap(lambda terms: st.sampled_from(plans
 
 
 def test_plans_that_round_compute_one_function() -> None:
-    _run(12, _rounding, recipes(), ANY_PLAN, LETTERS).demand(0.5, 0.2)
+    _run(12, _rounding, recipes(), ANY_PLAN, LETTERS).demand(0.2, 0.05)  # of a dozen, half may be short of half
 
 
 @pytest.mark.slow
