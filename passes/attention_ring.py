@@ -85,7 +85,7 @@ class _Ring(Blockwise):
         self.axes = split_over(node) or mesh.ordered(self.keys.axes)
         self.steps = mesh.size(self.axes)
         if not split_over(node) and not turns(self.keys):
-            self.keys = Dim.even(self.keys.size, self.axes, mesh)
+            self.keys = Dim.shared(self.keys.size, self.axes, mesh)
             self.k, self.v = (self.to(x, _with_keys(x, self.keys)) for x in (self.k, self.v))
         self.come = rounds.setdefault((self.k, self.v), {0: (self.k, self.v)})
         self.counted = node.meta.get("split_keys", True) if split_over(node) else True

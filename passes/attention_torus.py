@@ -81,9 +81,9 @@ class _Torus(Blockwise):
         self.stages = mesh.size(axes)
         keys: Dim = self.k.meta["layout"].dims[-2]
         rows: Dim = self.layout.dims[-2]
-        self.keys = keys if turns(keys) else Dim.even(keys.size, mesh.ordered(keys.axes), mesh)
+        self.keys = keys if turns(keys) else Dim.shared(keys.size, mesh.ordered(keys.axes), mesh)
         over = mesh.ordered({*axes, *rows.axes})
-        self.rows = rows if turns(rows) and rows.axes == {*over} else Dim.even(rows.size, over, mesh)
+        self.rows = rows if turns(rows) and rows.axes == {*over} else Dim.shared(rows.size, over, mesh)
         layouts = [_with_rows(self.q.meta["layout"], self.rows)]
         layouts += [_with_rows(x.meta["layout"], self.keys) for x in (self.k, self.v)]
         self.q, self.k, self.v = (

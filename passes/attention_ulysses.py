@@ -181,7 +181,7 @@ def _divided(dim: Dim, spent: tuple[str, ...], mesh: Mesh, unit: int) -> Dim | N
     """Heads split over ``spent`` too, in multiples of ``unit``, within the parts that they have (of ``tp``)."""
     atom = dim.single
     if dim.is_whole:
-        return Dim.even(dim.size, spent, mesh, unit)
+        return Dim.shared(dim.size, spent, mesh, unit)
     if atom is None or len(atom.segs) != 1 or atom.segs[0].offsets or any(p % unit for p in atom.segs[0].parts):
         return None
     seg = atom.segs[0]

@@ -181,7 +181,7 @@ class _Split:
             for i, p in back:
                 given[i] = seed_layout(given[i], p, self.axes, self.mesh)
             decision = rule.decide(self.call, tuple(given), self.mesh)
-            expected = self.node.meta["layout"].with_dim(d, Dim.even(pos.size, self.axes, self.mesh))
+            expected = self.node.meta["layout"].with_dim(d, Dim.shared(pos.size, self.axes, self.mesh))
             if not decision.gathers and decision.inputs == tuple(given) and decision.outputs == (expected,):
                 return tuple(given), expected, dict(back)
         return (), None, {}

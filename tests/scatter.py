@@ -103,7 +103,7 @@ def _random_dim(size: int, axes: list[str], mesh: Mesh, chance: random.Random) -
     """``size`` rows split over ``axes``: one segment, several, windows, or a product of factors."""
     kind = chance.choice(["even", "parts", "parts", "segments", "whole beside", "product", "windows"])
     if kind == "even":
-        return Dim.even(size, tuple(axes), mesh)
+        return Dim.shared(size, tuple(axes), mesh)
     if kind == "product":
         outer = chance.choice([n for n in range(1, size + 1) if size % n == 0])
         cut = chance.randint(0, len(axes))

@@ -155,8 +155,8 @@ class Dim:
         return Dim.of([Atom((Seg(size, axes, tuple(parts)),))])
 
     @staticmethod
-    def even(size: int, axes: tuple[str, ...], mesh: Mesh, unit: int = 1) -> Dim:
-        """One segment split over ``axes`` as evenly, or by the ranks' speeds, as multiples of ``unit`` allow."""
+    def shared(size: int, axes: tuple[str, ...], mesh: Mesh, unit: int = 1) -> Dim:
+        """One segment shared out over ``axes``, evenly or by the ranks' speeds, in multiples of ``unit``."""
         return Dim.split(size, axes, shared_parts(size, mesh.shares(axes), unit))
 
     @cached_property
@@ -389,8 +389,8 @@ def even_parts(size: int, n: int, unit: int = 1, before: int = 0) -> tuple[int, 
 
 
 @lru_cache(maxsize=4096)
-def shared_parts(size: int, shares: Sequence[Fraction], unit: int = 1, before: int = 0) -> tuple[int, ...]:
-    """The same for ranks that get these shares of the rows: of speeds 1 and 0.6, say, 5/8 and 3/8.
+def shared_parts(size: int, shares: tuple[Fraction, ...], unit: int = 1, before: int = 0) -> tuple[int, ...]:
+    """``even_parts`` for ranks that get these shares of the rows: of speeds 1 and 0.6, say, 5/8 and 3/8.
 
     >>> shared_parts(1025, (Fraction(5, 8), Fraction(3, 8))), shared_parts(64, (Fraction(5, 8), Fraction(3, 8)), unit=8)
     ((641, 384), (40, 24))

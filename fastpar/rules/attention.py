@@ -30,7 +30,7 @@ class AttentionRule(Rule):
             keys = keys if not keys.is_whole else v.dims[-2]
         if not disjoint(keys):
             axes = mesh.ordered(keys.axes)
-            keys = Dim.even(keys.size, axes, mesh)
+            keys = Dim.shared(keys.size, axes, mesh)
         heads: list[Dim] = []
         taken: set[str] = set()
         for d in range(lead):
@@ -46,7 +46,7 @@ class AttentionRule(Rule):
         if rows.is_whole and not keys.is_whole:
             # queries are split wherever keys are: slicing them is free and balances the work
             axes = mesh.ordered(keys.axes)
-            rows = Dim.even(rows.size, axes, mesh)
+            rows = Dim.shared(rows.size, axes, mesh)
         inputs = [
             Layout((*heads, rows, Dim.whole(call.shapes[0][-1]))),
             Layout((*self._kv_lead(call, 1, heads), keys, Dim.whole(call.shapes[1][-1]))),
@@ -76,7 +76,7 @@ class AttentionRule(Rule):
                 return Dim.of([atom.scaled(group)])
             if i == 0 and atom is not None and group > 1:
                 axes = mesh.ordered(atom.axes)
-                return Dim.even(size, axes, mesh, group)
+                return Dim.shared(size, axes, mesh, group)
         return Dim.whole(size)
 
     def _kv_lead(self, call: Call, operand: int, heads: list[Dim]) -> tuple[Dim, ...]:

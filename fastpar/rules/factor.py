@@ -119,7 +119,7 @@ class FactorRule(Rule):
             if op is not None:
                 if not disjoint(dim):  # a row held twice would be counted twice
                     axes = mesh.ordered(dim.axes)
-                    dim = Dim.even(dim.size, axes, mesh)
+                    dim = Dim.shared(dim.size, axes, mesh)
                 if op != "sum" and any(dim.local(mesh, r) == 0 for r in range(mesh.ranks)):
                     reasons[name] = f"a rank without rows has no {op}"
                     continue
@@ -167,7 +167,7 @@ class FactorRule(Rule):
             free = [str(n) for n in in_all if sizes[n] >= ranks]
             if free:  # one that divides, the largest of those
                 best = min(free, key=lambda n: (sizes[n] % ranks > 0, -sizes[n], n))
-                turned[best] = Dim.even(sizes[best], mesh.ordered(held), mesh)
+                turned[best] = Dim.shared(sizes[best], mesh.ordered(held), mesh)
         return turned
 
 

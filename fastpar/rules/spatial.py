@@ -75,7 +75,7 @@ class ConvolutionRule(Rule):
         if dim.axes & taken:
             return whole
         axes = mesh.ordered(dim.axes)
-        return dim if disjoint(dim) else Dim.even(dim.size, axes, mesh)
+        return dim if disjoint(dim) else Dim.shared(dim.size, axes, mesh)
 
     def _channels(self, call: Call, layouts: tuple[Layout, ...], taken: set[str]) -> tuple[Dim, Dim]:
         """Layouts of input channels and filters: split together where the convolution is depthwise."""

@@ -50,7 +50,7 @@ class ViewRule(Rule):
             # realigning pays where work on the rows follows; at the end they are gathered anyway
             first = not call.tail and not any(g.kind == "realign" for g in gathers)
             if first and dims.unit > 1 and size % dims.unit == 0 and 2 * size >= n * dims.unit:
-                realigned = Dim.even(size, axes, mesh, dims.unit)
+                realigned = Dim.shared(size, axes, mesh, dims.unit)
                 gathers.append(
                     Gather(0, f"the view cuts rows into multiples of {dims.unit}", kind="realign")
                 )
@@ -210,7 +210,7 @@ class SliceRule(Rule):
         if dim is None or (step > 1 and not _one_slice(before, start, stop, step, mesh)):
             axes = mesh.ordered(before.axes)
             reason = "a slice through merged dimensions" if dim is None else "every so many rows, across two segments"
-            even = Dim.whole(before.size) if call.tail else Dim.even(before.size, axes, mesh)
+            even = Dim.whole(before.size) if call.tail else Dim.shared(before.size, axes, mesh)
             gathers.append(Gather(0, reason, kind="gather" if call.tail else "realign"))
             want = want.with_dim(d, even)
             dim = slice_dim(even, start, stop, step)

@@ -72,7 +72,7 @@ def select(call: Call, layouts: Sequence[Layout], mesh: Mesh) -> Written | None:
         beside = next((i for i in range(d) if layout.dims[i].is_whole and shape[i] > 1), None)
         if beside is None:
             return None
-        turned = layout.with_dim(d, Dim.whole(shape[d])).with_dim(beside, Dim.even(shape[beside], axes, mesh))
+        turned = layout.with_dim(d, Dim.whole(shape[d])).with_dim(beside, Dim.shared(shape[beside], axes, mesh))
 
         def written(x: torch.Tensor, dim: int, at: int) -> torch.Tensor:
             return aten.select.int(redistribute(x, str(layouts[0]), str(turned)), d, index)
@@ -100,7 +100,7 @@ def lookup(call: Call, layouts: Sequence[Layout], mesh: Mesh) -> Written | None:
     if d is None or call.shape[d] < 2 or len(out.partial) != 1:
         return None
     axes = out.partial[0].axes
-    cut = out.summed().with_dim(d, Dim.even(call.shape[d], axes, mesh))
+    cut = out.summed().with_dim(d, Dim.shared(call.shape[d], axes, mesh))
 
     def written(*args: Any, **kwargs: Any) -> torch.Tensor:
         found = call.node.target(*args, **kwargs)  # type: ignore[operator]

@@ -138,7 +138,7 @@ MUTANTS = (
     ),
     Mutant(
         "query heads cut without regard to their groups", "passes/attention_ulysses.py",
-        "return Dim.even(dim.size, spent, mesh, unit)", "return Dim.even(dim.size, spent, mesh)",
+        "return Dim.shared(dim.size, spent, mesh, unit)", "return Dim.shared(dim.size, spent, mesh)",
         plan("grouped heads that do not divide"),
     ),
     Mutant(
