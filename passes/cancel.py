@@ -1,5 +1,5 @@
-"""``cancel``: a change of layout and its inverse, or two in a row, become one or none; cuts move up to where what
-they cut is made."""
+"""``cancel``: a change of layout and its inverse, or two in a row, become one or none; cuts move to where
+they cost least."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from fastpar.core.transfer import elements_sent
 from fastpar.graph.pipeline import Pass, PassContext
 from fastpar.graph.program import Program
 from fastpar.ops.redistribute import redistribute
-from fastpar.sharding.early import cut_early
+from fastpar.sharding.early import cut_early, cut_late, is_free
 
 
 @dataclass(frozen=True)
 class Cancel(Pass):
-    """Joins redistributes of redistributes where that sends no more, drops those that change nothing, cuts early."""
+    """Joins redistributes of redistributes where that sends no more, drops those that change nothing, moves cuts."""
 
     name: ClassVar[str] = "cancel"
     stage_in: ClassVar[str] = "sharded"
@@ -39,6 +39,10 @@ class Cancel(Pass):
             if node.args[1] == node.args[2]:
                 node.replace_all_uses_with(node.args[0])
         program.graph.eliminate_dead_code()
+        cut_late(program.graph, mesh)
         cut_early(program.graph, mesh)
+        left = set(program.graph.nodes)
+        fallbacks = program.gm.meta.get("fallbacks", [])
+        program.gm.meta["fallbacks"] = [f for f in fallbacks if f.node not in left or not is_free(f.node, mesh)]
         program.gm.recompile()
         return program

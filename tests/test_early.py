@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+import fastpar
 from fastpar.backends.simulate import run_global
 from fastpar.core.layout import Layout
 from fastpar.core.mesh import Mesh
 from fastpar.graph.check import check
 from fastpar.graph.decompose import TABLE
-from fastpar.graph.program import Input, Program
+from fastpar.graph.program import Input, Program, draws
 from fastpar.ops.redistribute import redistribute
+from fastpar.run.build import build
+from fastpar.sharding import early
 from fastpar.sharding.early import cut_early
 
 MESH = Mesh((("a", 3),))
@@ -105,3 +110,41 @@ def test_a_number_that_no_rule_can_cut_ends_the_way_up():
     same(made, args)
     held = {str(n.target): n.meta["layout"].is_whole for n in made.graph.nodes if n.op == "call_function"}
     assert held["aten.cumsum.default"] and not held["aten.mul.Tensor"]
+
+
+# -- halos of what all ranks have ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("plan", ["gather=3", "ulysses=2", "cfg=2,gather=2"])
+def test_the_first_convolution_exchanges_nothing(plan: str) -> None:
+    """Its operand is the sample, with what a model does to it first and zeros around it."""
+    torch.manual_seed(0)
+    first, second = (torch.nn.Conv2d(4, 4, 3, padding=1).double().requires_grad_(False) for _ in range(2))
+    x = torch.randn(2, 4, 12, 6).double()
+    report = fastpar.verify(lambda x: second(first((2 * x - 1).clamp(-1, 1))), (x,), plan=plan)
+    assert report.ok and [c.count for c in report.collectives if c.why == "plan"] == [1]
+
+
+def test_what_is_large_is_exchanged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(early, "AT_ONCE", 0)
+    torch.manual_seed(0)
+    wide = torch.nn.Conv2d(2, 32, 3, padding=1).double().requires_grad_(False)
+    narrow = torch.nn.Conv2d(32, 2, 3, padding=1).double().requires_grad_(False)
+    x, many = torch.randn(1, 2, 12, 6).double(), torch.randn(1, 32, 12, 6).double()
+    for model, given, halos in ((wide, x, 0), (narrow, many, 1)):
+        report = fastpar.verify(model, (given,), plan="gather=2")
+        assert report.ok and sum(c.count for c in report.collectives if c.why == "plan") == halos
+
+
+@pytest.mark.parametrize("draw", [lambda x: F.dropout(x, 0.5, True), lambda x: torch.bernoulli(x.sigmoid())])
+def test_random_numbers_are_drawn_whole_and_once(draw: Any) -> None:
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d(2, 2, 3, padding=1).double().requires_grad_(False)
+
+    def dropped(x: torch.Tensor) -> torch.Tensor:
+        x = draw(conv(x))
+        return conv(x) + x
+
+    program = fastpar.capture(dropped, (torch.randn(1, 2, 12, 6).double(),)).programs[0].program
+    [drawn] = [n for n in build(program, "gather=2").lowered.graph.nodes if draws(n)]
+    assert drawn.meta["layout"].is_whole

@@ -32,7 +32,6 @@ register(
     [
         "aten::_to_copy",
         "aten::alias",
-        "aten::bernoulli",
         "aten::clone",
         "aten::complex",
         "aten::contiguous",

@@ -1,8 +1,14 @@
-"""Cuts move up: of a value that every rank makes whole only to keep its part, each makes its part.
+"""Where values are cut: as early as possible, and not before what is cheaper to repeat than to exchange.
+
+Cuts move up: of a value that every rank makes whole only to keep its part, each makes its part.
 
 Rules go forward, and what begins whole stays whole until it meets something split: a mask over places is made from
 ranges, ``Q x K`` of it on every rank, and cut where the attention is. Here the rules are asked backward, which parts
 of the operands give this part of the result, and those are cut, as far up as nobody needs the value whole.
+
+Cuts move down: halos of what a rank can make from what it has whole need not come from others. So the first
+convolution of a model, whose operand is the sample with rows put around it, exchanges nothing (DistriFusion cuts the
+sample with its halos there, too).
 """
 
 from __future__ import annotations
@@ -28,6 +34,71 @@ def cut_early(graph: fx.Graph, mesh: Mesh) -> None:
     """
     _Early(graph, mesh).run()
     graph.eliminate_dead_code()
+
+
+AT_ONCE = 1 << 22
+"""Numbers that a device reads and writes in less time than a message needs, however short it is: microseconds."""
+
+
+def cut_late(graph: fx.Graph, mesh: Mesh) -> None:
+    """Of halos that are exchanged, make in place those of values that every rank can have whole, if they are not large.
+
+    Products and attentions are not repeated; random numbers are whole on all ranks anyway.
+    """
+    for node in list(graph.nodes):
+        halo = node.target is redistribute and node.meta.get("why") == "plan" and _has_windows(node.meta["layout"])
+        if halo and not is_free(node, mesh):
+            chain = _behind(node.args[0])  # type: ignore[arg-type]
+            made = max((_elements(user, mesh) for user in node.users), default=0)
+            if chain is None or sum(math.prod(n.meta["val"].shape) for n in chain) > max(made, AT_ONCE):
+                continue
+            env: dict[fx.Node, fx.Node] = {}
+
+            def whole(n: fx.Node, env: dict[fx.Node, fx.Node] = env) -> fx.Node:
+                return env[n] if n in env else n.args[0] if n.target is redistribute else n  # type: ignore[return-value]
+
+            for one in chain:
+                with graph.inserting_before(node):
+                    env[one] = graph.node_copy(one, whole)
+                env[one].meta = {**one.meta, "layout": Layout.whole(one.meta["val"].shape)}
+            value = whole(node.args[0])  # type: ignore[arg-type]
+            node.args = (value, str(value.meta["layout"]), node.args[2])
+    graph.eliminate_dead_code()
+
+
+def _has_windows(layout: Layout) -> bool:
+    return any(seg.offsets for dim in layout.dims for atom in dim.atoms for seg in atom.segs)
+
+
+def _behind(node: fx.Node) -> list[fx.Node] | None:
+    """What is to be made whole, in order, to have ``node`` whole; None where something has to come from others."""
+    chain: dict[fx.Node, None] = {}
+
+    def visit(n: fx.Node) -> bool:
+        layout = n.meta.get("layout")
+        if n in chain or (isinstance(layout, Layout) and layout.is_whole):
+            return True
+        if n.target is redistribute:
+            return bool(n.args[0].meta["layout"].is_whole)  # type: ignore[union-attr]
+        schema = getattr(n.target, "_schema", None)
+        if not isinstance(layout, Layout) or schema is None or schema.name in HEAVY or schema.is_mutable:
+            return False
+        if not n.all_input_nodes or not all(map(visit, n.all_input_nodes)):
+            return False
+        chain[n] = None
+        return True
+
+    return list(chain) if visit(node) else None
+
+
+def is_free(node: fx.Node, mesh: Mesh) -> bool:
+    return is_local(node.args[0].meta["layout"], node.meta["layout"], mesh)  # type: ignore[union-attr]
+
+
+def _elements(node: fx.Node, mesh: Mesh) -> int:
+    layout = node.meta.get("layout")
+    ranks = range(mesh.ranks)
+    return max(math.prod(layout.local_shape(mesh, rank)) for rank in ranks) if isinstance(layout, Layout) else 0
 
 
 class _Early:
