@@ -24,13 +24,13 @@ from torch import Tensor, nn
 
 from benchmarks.record import write
 from benchmarks.train_digits import digits
-from fastpar.backends.simulate import run_local
 from fastpar.demo.model import load_digits
 from fastpar.demo.sampler import sample
 from fastpar.graph.capture import compile_fx
 from fastpar.graph.program import Program
 from fastpar.run.build import build
 from fastpar.run.compare import same_bits
+from fastpar.run.steps import Stepping
 
 PLANS = (
     "ulysses=4",
@@ -42,6 +42,10 @@ PLANS = (
     "ring=4,fp8(kv)",
     "ulysses=2,ring=2,fp8(qvo)",
     "gather=4,fp8(kv)",
+    "gather=4,displaced(warmup=1)",
+    "gather=4,displaced(warmup=4)",
+    "gather=4,displaced(warmup=10)",
+    "gather=4,displaced(warmup=4,gn=none)",
     "naive=4",
 )
 BATCH = 128
@@ -92,16 +96,17 @@ def frechet(a: Tensor, b: Tensor) -> float:
     return max(0.0, float(apart))  # of equal sets it is 0 up to rounding
 
 
-def on_ranks(model: nn.Module, plan: str) -> nn.Module:
-    """``model`` on the plan's virtual ranks; raises where their bits differ."""
+def on_ranks(model: nn.Module, plan: str) -> tuple[nn.Module, Callable[[], None]]:
+    """``model`` on the plan's virtual ranks, which raises where their bits differ; and what begins a sampling run."""
+    running: list[Stepping] = []
 
     def backend(gm: Any, example: Sequence[Any]) -> Any:
         def finish(program: Program) -> Callable[[list[Any]], Sequence[Any]]:
-            built = build(program, plan)
-            programs = [built.localise(rank) for rank in range(built.mesh.ranks)]
+            stepping = Stepping(build(program, plan))
+            running.append(stepping)
 
             def run(args: list[Any]) -> Sequence[Any]:
-                results = run_local(programs, list(args))
+                results = stepping(list(args))
                 assert all(same_bits(r[0], results[0][0]) for r in results), "ranks differ"
                 return results[0]
 
@@ -109,15 +114,21 @@ def on_ranks(model: nn.Module, plan: str) -> nn.Module:
 
         return compile_fx(gm, example, finish)
 
+    def restart() -> None:
+        for stepping in running:
+            stepping.restart()
+
     torch._dynamo.reset()
-    return torch.compile(model, backend=backend, dynamic=False)  # type: ignore[return-value]
+    return torch.compile(model, backend=backend, dynamic=False), restart  # type: ignore[return-value]
 
 
-def draw(model: nn.Module, count: int, seed: int) -> Tensor:
-    """``count`` digits 0, 1, ..., 9, 0, ...: every batch has a seed of its own."""
-    labels = torch.arange(count) % 10
-    starts = range(0, count, BATCH)
-    return torch.cat([sample(model, labels[s : s + BATCH], seed=seed + s) for s in starts])
+def draw(model: nn.Module, count: int, seed: int, begin: Callable[[], None] = lambda: None) -> Tensor:
+    """``count`` digits 0, 1, ..., 9, 0, ...: every batch has a seed of its own, and is a sampling run."""
+    labels, images = torch.arange(count) % 10, []
+    for start in range(0, count, BATCH):
+        begin()
+        images.append(sample(model, labels[start : start + BATCH], seed=seed + start))
+    return torch.cat(images)
 
 
 def main() -> None:
@@ -153,7 +164,8 @@ def main() -> None:
     rows = [row("one device", one, 0.0), row("one device, other noise", other, time.perf_counter() - begin, False)]
     for plan in args.plans:
         begin = time.perf_counter()
-        images = draw(on_ranks(model, plan), args.count, 0)
+        ranks, restart = on_ranks(model, plan)
+        images = draw(ranks, args.count, 0, restart)
         rows.append(row(plan, images, time.perf_counter() - begin))
         write(args.out, {**about, "plans": rows})  # what is there is kept, if the rest takes too long
 

@@ -3,7 +3,8 @@
 ``torch.compile(model, backend="fastpar")`` needs no import of this package. What it offers
 beside that (all in one process, N virtual ranks): ``verify``, ``explain``, ``simulate``,
 ``capture`` and the classes ``Plan`` and ``Report``; ``shard_weights``, for ranks that hold parts of weights;
-``generation``, for sampling loops of one's own; and ``emulate``, one device as rank r of N on emulated links.
+``parallelize``, for diffusers' pipelines, and ``generation``, for sampling loops of one's own; and ``emulate``, one
+device as rank r of N on emulated links.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from fastpar.core.version import VERSION as __version__
 if TYPE_CHECKING:
     from fastpar import emulate
     from fastpar.core.plan import Plan
+    from fastpar.diffusers import parallelize
     from fastpar.graph.capture import Captured, capture
     from fastpar.run.report import Report
     from fastpar.run.stream import generation
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     from fastpar.run.weights import shard_weights
 
 __all__ = ["__version__", "Captured", "Plan", "Report", "capture", "emulate", "explain", "generation",
-           "shard_weights", "simulate", "verify"]  # fmt: skip
+           "parallelize", "shard_weights", "simulate", "verify"]  # fmt: skip
 
 _HOMES = {
     "Captured": "fastpar.graph.capture",
@@ -31,6 +33,7 @@ _HOMES = {
     "capture": "fastpar.graph.capture",
     "explain": "fastpar.run.verify",
     "generation": "fastpar.run.stream",
+    "parallelize": "fastpar.diffusers",
     "shard_weights": "fastpar.run.weights",
     "simulate": "fastpar.run.verify",
     "verify": "fastpar.run.verify",

@@ -29,9 +29,10 @@ from fastpar.run.alike import alike
 from fastpar.run.artefact import Runner
 from fastpar.run.build import Built, build
 from fastpar.run.capturing import capturing
+from fastpar.run.displaced import Displaced, specs_of
 from fastpar.run.groups import check_device, group_of, need_group, process_groups, world
 from fastpar.run.hoisted import Again, artefact_of
-from fastpar.run.onesided import one_sided
+from fastpar.run.onesided import DISPLACED, one_sided
 from fastpar.run.origin import fields, origin
 from fastpar.run.stream import Dealt, ends_frame, frame_counter
 from fastpar.run.weights import Held, axes_held, is_shell, whole_examples
@@ -92,12 +93,17 @@ def finish(program: Program, options: Options, group: Any, last: bool = False, h
     together = tuple(a for a in built.mesh.names if a not in dealt and built.mesh.size((a,)) > 1)
     also = [*([dealt] if dealt else []), *axes_held(built.lowered), *([together] if together else [])]
     groups = process_groups(built.lowered.graph, built.mesh, group, also)
+    if built.first is not None:
+        groups |= process_groups(built.first.lowered.graph, built.mesh, group)
     localise: Callable[[Built], Program] = lambda b: b.localise(rank, groups)  # noqa: E731
     compile = LOWERINGS[lowering]()
     if options.cudagraphs:
         compile = capturing(compile, device, options.timeout)
     if options.transport == "one-sided":
-        sided, reason = one_sided(group, device, options.timeout)
+        if built.first is not None:
+            sided, reason = None, DISPLACED
+        else:
+            sided, reason = one_sided(group, device, options.timeout)
         if sided is not None:
             localise, compile = sided.localise, sided.compile(compile)
         else:
@@ -107,13 +113,23 @@ def finish(program: Program, options: Options, group: Any, last: bool = False, h
     def localised(built: Built) -> Program:
         return replace(localise(built), origin=made)
 
+    def runner_of(built: Built, local: Program) -> Runner:
+        again: Again = lambda varying: localised(built.hoisted_anew(varying))  # noqa: E731
+        return artefact_of(local, compile, again, groups.get(together))
+
     local = localised(built)
     if dump is not None:
         dump(None, local, None, 0.0)
-    again: Again = lambda varying: localised(built.hoisted_anew(varying))  # noqa: E731
-    runner: Runner = artefact_of(local, compile, again, groups.get(together))
+    if built.first is None:
+        runner = runner_of(built, local)
+    else:
+        first = localised(built.first)
+        specs = specs_of(first, local)
+        steps = built.plan.displaced.warmup if built.plan.displaced else 1
+        varying = local.gm.meta.get("varying")
+        runner = Displaced(runner_of(built.first, first), runner_of(built, local), program, specs, steps, varying)
     if hold:
-        runner = Held(runner, built.lowered, built.mesh, rank, groups)
+        runner = Held(runner, (built.first or built).lowered, built.mesh, rank, groups)
     if dealt:
         me, degree = built.mesh.coordinate(rank, dealt), built.mesh.size(dealt)
         runner = Dealt(runner, program, me, degree, groups[dealt], frame_counter(), last)

@@ -44,6 +44,12 @@ def _cancel() -> type[Pass]:
     return Cancel
 
 
+def _displace() -> type[Pass]:
+    from fastpar.passes.displace import Displace
+
+    return Displace
+
+
 def _hold() -> type[Pass]:
     from fastpar.passes.hold import Hold
 
@@ -123,6 +129,7 @@ PASSES: dict[str, Callable[[], type[Pass]]] = {
     "arrange": _arrange,
     "split-weights": _split_weights,
     "hoist": _hoist,
+    "displace": _displace,
     "pack": _pack,
     "overlap": _overlap,
     "pin": _pin,

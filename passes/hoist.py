@@ -92,7 +92,7 @@ def guess(program: Program) -> tuple[str, ...]:
     for the channels: the sample, with what is concatenated to it, and residuals of a ControlNet. Where none is, the
     largest stands for the sample.
     """
-    outputs = [o.meta["val"] for o in program.outputs if isinstance(o, fx.Node)]
+    outputs = [o.meta["val"] for o in program.results if isinstance(o, fx.Node)]
     shapes = [tuple(v.shape) for v in outputs if isinstance(v, torch.Tensor) and v.dim() > 1]
     batch = max((s[0] for s in shapes), default=1)
     users = [(i.name, n.meta.get("val")) for i, n in zip(program.inputs, program.placeholders, strict=True)
@@ -117,7 +117,7 @@ def _given(program: Program, varying: Collection[str]) -> set[fx.Node]:
     """What stays the same and costs nothing to have: stable inputs and constants. A number always varies."""
     stable = {
         n for n, i in zip(program.placeholders, program.inputs, strict=True)
-        if i.name not in varying and isinstance(n.meta.get("val"), torch.Tensor)
+        if i.name not in varying and i.kind != "carried" and isinstance(n.meta.get("val"), torch.Tensor)
     }  # fmt: skip
     return stable | {n for n in program.graph.nodes if n.op == "get_attr"}
 

@@ -7,7 +7,7 @@ stay), everything else gets its local sizes from the layouts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import getitem
 from typing import Any, ClassVar
 
@@ -38,6 +38,7 @@ from fastpar.ops.collectives import (
     shapes_of,
     unpack,
 )
+from fastpar.ops.displaced import context, kept_shape
 from fastpar.ops.join import join, join_order
 from fastpar.rules.localise import Localiser
 from fastpar.sharding.blockwise import blockwise
@@ -65,7 +66,7 @@ class Localise(Pass):
         graph = writer.run()
         in_arrival_order(graph)
         gm = module_of(program.gm, graph, f"Rank{self.rank}")
-        return Program(gm, program.inputs, "localised", program.name, ctx.mesh, program.plan, program.notes)
+        return replace(program, gm=gm, stage="localised", mesh=ctx.mesh)
 
 
 class _Writer:
@@ -90,11 +91,12 @@ class _Writer:
                     self._finish_all()
                 new = self.graph.node_copy(node, self._value)
                 new.meta = dict(node.meta)
-                layout = node.meta.get("layout")
-                if node.op == "placeholder" and isinstance(layout, Layout) and not layout.is_whole:
-                    value = node.meta["val"]
-                    with value.fake_mode:
-                        new.meta["val"] = value.new_empty(layout.local_shape(self.mesh, self.rank))
+                value = node.meta.get("val")
+                if node.op == "placeholder" and isinstance(value, torch.Tensor):
+                    shape = given_shape(node, self.mesh, self.rank)
+                    if shape != tuple(value.shape):
+                        with value.fake_mode:  # type: ignore[attr-defined]
+                            new.meta["val"] = value.new_empty(shape)
                 self.env[node] = new
         complete(self.graph)
         return self.graph
@@ -102,7 +104,7 @@ class _Writer:
     def _finish_all(self) -> None:
         """Wait for what nobody waited for: an exchange that gives this rank nothing has buffers under way as well."""
         for started in self.env.values():
-            if isinstance(started, _Started):
+            if isinstance(started, _Started) and started.buffer is None:
                 started.finish()
 
     def _map(self, value: Any) -> Any:
@@ -155,6 +157,14 @@ class _Writer:
         pieces = [self._value(xs[i]) for i in order]  # type: ignore[index, arg-type]
         return self._emit(node, torch.ops.aten.cat.default, (pieces, dim))
 
+    def context(self, node: fx.Node) -> fx.Node:
+        part = self.env[node.args[0]]  # type: ignore[index]
+        came = part.exchange.came(part.index) if isinstance(part, _Part) else None
+        if came is not None:
+            return came
+        target, args, kwargs = self.localiser.call(node, self.rank)
+        return self._emit(node, target, self._map(args), kwargs)
+
     def all_to_all(self, node: fx.Node) -> _Started:
         exchange = Exchange(*layouts_of(node), self.mesh, self.rank, dtypes_of(node), keep=True)
         buffer = self._emit(node, pack, (self._map(node.args[0]), exchange.send_boxes))
@@ -188,6 +198,15 @@ class _Writer:
         return _Started(self, node, started, exchange, name)
 
 
+def given_shape(node: fx.Node, mesh: Mesh, rank: int) -> tuple[int, ...]:
+    """Shape of what ``rank`` is given of a tensor that is an input."""
+    layout = node.meta.get("layout")
+    if "message" in node.meta:  # what it has kept of an exchange
+        src, dst = map(Layout.parse, node.meta["message"])
+        return kept_shape(src, dst, mesh, rank)
+    return layout.local_shape(mesh, rank) if isinstance(layout, Layout) else tuple(node.meta["val"].shape)
+
+
 def _read_in_place(node: fx.Node) -> bool:
     """Whether a slice may be a view: products take a weight's, attentions and messages any."""
     if node.meta.get("why") == "weight":
@@ -218,17 +237,41 @@ class _Started:
     started: fx.Node
     exchange: Exchange | _Sums
     name: str
+    buffer: fx.Node | None = None
+    unpacked: list[fx.Node] | None = None
     parts: list[fx.Node] | None = None
+
+    def wait(self) -> fx.Node:
+        """The message."""
+        if self.buffer is None:
+            self.buffer = self.writer._emit(self.node, _C10D.wait_tensor.default, (self.started,))
+            self.buffer.meta["exchange"] = f"wait for {self.name}"
+        return self.buffer
+
+    def _unpacked(self) -> list[fx.Node]:
+        if self.unpacked is None:
+            emit, x = self.writer._emit, self.exchange
+            args = (self.wait(), x.shapes, x.receive_boxes, *([x.dtypes] if x.dtypes else []))
+            done = emit(self.node, unpack, args)
+            done.meta["exchange"] = f"unpack from {self.name}"
+            self.unpacked = [emit(self.node, getitem, (done, i)) for i in range(len(shapes_of(x.shapes)))]
+        return self.unpacked
+
+    def came(self, index: int) -> fx.Node | None:
+        """What came of a value, in one dimension, where the rest of it stayed out of the message."""
+        x = self.exchange
+        if not isinstance(x, Exchange) or not x.kept:
+            return None
+        if len(x.sides) == 1:
+            return self.wait()
+        emit, aten = self.writer._emit, torch.ops.aten
+        flat = [emit(self.node, aten.reshape.default, (part, [-1]))
+                for (i, _), part in zip(x.came, self._unpacked(), strict=True) if i == index]  # fmt: skip
+        return emit(self.node, aten.cat.default, (flat,)) if flat else None
 
     def finish(self) -> list[fx.Node]:
         if self.parts is None:
-            emit = self.writer._emit
-            buffer = emit(self.node, _C10D.wait_tensor.default, (self.started,))
-            buffer.meta["exchange"] = f"wait for {self.name}"
-            x = self.exchange
-            done = emit(self.node, unpack, (buffer, x.shapes, x.receive_boxes, *([x.dtypes] if x.dtypes else [])))
-            done.meta["exchange"] = f"unpack from {self.name}"
-            self.parts = [emit(self.node, getitem, (done, i)) for i in range(len(shapes_of(x.shapes)))]
+            x, self.parts = self.exchange, list(self._unpacked())
             if isinstance(x, Exchange) and x.kept:
                 self.parts = self._around(x, self.parts)
             for i, part in enumerate(self.parts):  # of an exchange of several values, each has its own
@@ -270,6 +313,7 @@ _HANDLERS: dict[Any, Any] = {
     local: _Writer.local,
     alone: _Writer.alone,
     join: _Writer.join,
+    context: _Writer.context,
     all_to_all: _Writer.all_to_all,
     all_gather: _Writer.all_gather,
     all_reduce: _Writer.all_reduce,

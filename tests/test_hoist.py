@@ -28,7 +28,7 @@ from fastpar.plan.expand import pipeline_text
 from fastpar.registry import PASSES
 from fastpar.run.artefact import Artefact
 from fastpar.run.build import build
-from fastpar.run.stream import PATIENCE, STREAMS, current_generation
+from fastpar.run.stream import PATIENCE, STREAMS, Streams, current_generation
 from tests.test_replicas import torchrun
 
 torch.set_num_threads(1)
@@ -274,7 +274,7 @@ def test_values_never_cross_a_generation_and_are_freed_with_it(watched: Watched)
     run = fastpar.generation()
     with run:
         watched(*sample(), p)
-    (stream,) = next(iter(run._streams.values())).kept
+    (stream,) = next(iter(run._kept.values())).kept
     held = [weakref.ref(v) for v in stream.values or ()]
     assert held
     del stream, run
@@ -355,7 +355,7 @@ def test_a_write_that_is_counted_is_not_even_tried(watched: Watched) -> None:
     p.copy_(prompt(1))
     watched(*sample(), p)
     watched.took(prologue=1, step=1, check=1)
-    assert len([s for s in current_generation().streams(watched.made[-1].select).kept
+    assert len([s for s in current_generation().kept(watched.made[-1].select, Streams).kept
                 if s.values is not None]) == 1  # fmt: skip
 
 
@@ -397,7 +397,7 @@ def test_inference_mode(watched: Watched) -> None:
 def test_a_new_tensor_at_an_old_address_is_another_one(watched: Watched) -> None:
     p = prompt(0)
     settled(watched, p)
-    stream = current_generation().streams(watched.made[-1].select).kept[-1]
+    stream = current_generation().kept(watched.made[-1].select, Streams).kept[-1]
     memory = p.untyped_storage()
     del p
     gc.collect()

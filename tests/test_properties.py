@@ -181,6 +181,32 @@ def test_plans_that_round_compute_one_function() -> None:
     _run(12, _rounding, recipes(), ANY_PLAN, LETTERS).demand(0.2, 0.05)  # of a dozen, half may be short of half
 
 
+def _displaced(recipe: Recipe, plan: str, gn: str, letters: str) -> Seen:
+    """The plan a step late: right after a step with the same inputs; after another one, as its stages say."""
+    case = build(replace(recipe, batch=max(2, recipe.batch)) if "cfg" in plan else recipe)
+    way = Way.of(f"{plan},displaced(gn={gn})", case.program)
+    if letters:
+        way = replace(way, pipeline=way.pipeline.replace(",lower", f",{Quantize(letters).spec()},lower"))
+    try:
+        return prove(case, way)
+    except PlanError as error:
+        assert "would round nothing" in str(error)
+        return Seen(ranks=way.mesh.ranks)
+
+
+GATHERS = st.sampled_from([t for t in TOGETHER if "gather" in t]).flatmap(lambda terms: st.sampled_from(plans(terms)))
+NORMS, NONE_OR_SOME = st.sampled_from(("corrected", "stale", "sync")), st.sampled_from(("", "", "kv", "qkvogh"))
+
+
+def test_displaced_plans_settle() -> None:
+    _run(12, _displaced, recipes(), GATHERS, NORMS, NONE_OR_SOME).demand(0.2, 0.05)
+
+
+@pytest.mark.slow
+def test_displaced_plans_on_many_programs() -> None:
+    _run(200, _displaced, recipes(6), GATHERS, NORMS, NONE_OR_SOME).demand(0.5, 0.2)
+
+
 @pytest.mark.slow
 def test_plans_that_round_on_many_programs() -> None:
     _run(200, _rounding, recipes(6), ANY_PLAN, LETTERS).demand(0.5, 0.2)

@@ -286,7 +286,7 @@ def test_a_replay_is_one_range() -> None:
 
 
 PLANS = ("gather=2", "ulysses=2", "ring=2", "torus=2", "tp=2", "naive=2", "cfg=2", "ulysses=2,fp8(qvog)",
-         "gather=2,speeds(1:0.6)")  # fmt: skip
+         "gather=2,speeds(1:0.6)", "gather=2,displaced")  # fmt: skip
 NODES = re.compile(r"blocks_\.[01](\.(attn(\.(norm|to_qkv|to_out))?|ff(\.[012])?))?|")
 
 

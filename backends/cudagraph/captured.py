@@ -76,7 +76,7 @@ class Captured:
         self.moved = frozenset(moved)
         # a size that was specialised is still passed, as a number that nothing reads
         self.tensors = [i for i, n in enumerate(program.placeholders) if isinstance(n.meta["val"], torch.Tensor)]
-        self.copied = {i for i in self.tensors if self.inputs[i].kind == "user" or i in self.moved}
+        self.copied = {i for i in self.tensors if self.inputs[i].kind in ("user", "carried") or i in self.moved}
         self.moves = [0] * len(self.inputs)
         self.warm = self.refused = False
         self.forget()

@@ -1,6 +1,6 @@
 """N virtual ranks in one process: in lock step, or in random interleavings."""
 
 from fastpar.backends.simulate.interleave import run_calls, run_interleaved
-from fastpar.backends.simulate.lockstep import run_global, run_local
+from fastpar.backends.simulate.lockstep import PerRank, carried, run_global, run_local, with_carried
 
-__all__ = ["run_calls", "run_global", "run_interleaved", "run_local"]
+__all__ = ["PerRank", "carried", "run_calls", "run_global", "run_interleaved", "run_local", "with_carried"]

@@ -9,6 +9,7 @@ which takes place when all ranks of its group have come to the same one.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -52,9 +53,8 @@ def run_global(program: Program, args: Sequence[Any], watch: Watch | None = None
     last = last_uses(program.graph)
     for node in program.graph.nodes:
         if node.op == "placeholder":
-            value, layout = next(queue), node.meta.get("layout")
-            part = isinstance(layout, Layout) and not layout.is_whole  # of a weight that is held in parts
-            env[node] = [take(value, layout, mesh, r) for r in ranks] if part else [value] * mesh.ranks
+            value = next(queue)
+            env[node] = [_own(value, node, mesh, r) for r in ranks]
         elif node.op == "get_attr":
             env[node] = [attribute(program.gm, str(node.target))] * mesh.ranks
         elif node.op == "output":
@@ -217,14 +217,39 @@ def run_local(programs: Sequence[Program], args: Sequence[Any]) -> list[tuple[An
     return [r for r in results if r is not None]
 
 
+@dataclass(frozen=True)
+class PerRank:
+    """An argument of which each rank has its own: what its last call kept."""
+
+    values: tuple[Any, ...]
+
+
+def _own(value: Any, node: fx.Node, mesh: Mesh, rank: int) -> Any:
+    """What ``rank`` is given of an argument: its part of a weight that is held in parts."""
+    if isinstance(value, PerRank):
+        return value.values[rank]
+    layout = node.meta.get("layout")
+    part = isinstance(layout, Layout) and not layout.is_whole
+    return take(value, layout, mesh, rank).contiguous() if part else value  # type: ignore[arg-type]
+
+
 def own_inputs(program: Program, args: Sequence[Any], rank: int) -> list[Any]:
-    """What ``rank`` is given of the whole inputs: its part of the weights that are held in parts."""
-    out = []
-    for node, value in zip(program.placeholders, args, strict=True):
-        layout = node.meta.get("layout")
-        part = isinstance(layout, Layout) and not layout.is_whole
-        out.append(take(value, layout, program.mesh, rank).contiguous() if part else value)
-    return out
+    """What ``rank`` is given of the arguments."""
+    pairs = zip(program.placeholders, args, strict=True)
+    return [_own(value, node, program.mesh, rank) for node, value in pairs]
+
+
+def carried(program: Program, results: Sequence[tuple[Any, ...]]) -> list[PerRank]:
+    """Of every rank's outputs those that are arguments of the next call."""
+    kept = [r[len(r) - program.carries :] for r in results]
+    return [PerRank(values) for values in zip(*kept, strict=True)]
+
+
+def with_carried(program: Program, args: Sequence[Any]) -> list[Any]:
+    """The arguments with what a call with the same ones has kept, for a program that takes that."""
+    if program.first is None or not any(i.kind == "carried" for i in program.inputs):
+        return list(args)
+    return [*args, *carried(program.first, run_global(program.first, args))]
 
 
 def _run_rank(program: Program, args: list[Any]) -> Generator[tuple[str, tuple[Any, ...]], Any, tuple[Any, ...]]:

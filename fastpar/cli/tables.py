@@ -90,6 +90,8 @@ def show_report(report: Report) -> None:
         head.add_row("", _legend(values))
     if report.hoisted.values:
         head.add_row("hoisted", _once(report))
+    if report.carried_bytes:
+        head.add_row("carried", f"{report.carried_bytes:,} bytes of the others' activations, from step to step")
     if report.predicted:
         p = {name: 1e3 * value for name, value in report.predicted.items()}
         head.add_row(

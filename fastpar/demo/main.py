@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fastpar.core.errors import FastparError
+from fastpar.core.plan import Plan
 from fastpar.demo.launch import launch
 from fastpar.demo.model import load_digits
 from fastpar.demo.picture import write_grid
@@ -24,12 +25,14 @@ from fastpar.demo.worker import Job
 
 TOLERANCE = 1e-4
 """Largest difference, in float32 and after all steps, that counts as the same image. Pixels span -1..1."""
+NEAR = 1.0
+"""The same for a plan that is lossy on purpose: a pixel may be off, a digit not gone."""
 
 SEED = 0
 
 HEADINGS = (
     "ranks",
-    "collec-\ntives",
+    "col-\nlec-\ntives",
     "kB",
     "FLOPs\nshare",
     "largest\ndiff.",
@@ -41,7 +44,7 @@ HEADINGS = (
 
 @dataclass(frozen=True)
 class PlanResult:
-    """One line of the table.
+    """One line of the table. ``lossy``: the plan does not compute the model's own function, and says so by name.
 
     ``collectives`` and ``bytes_per_rank`` (the payload that the busiest rank sends) are per denoising step,
     ``flops_share`` is the largest rank's FLOPs over those of one process.
@@ -56,11 +59,12 @@ class PlanResult:
     ranks_agree: bool
     compile_seconds: float
     seconds: float
+    lossy: bool = False
 
     @property
     def ok(self) -> bool:
         """Whether the images are those of one process, on every rank. A NaN is not."""
-        return self.max_abs_err <= TOLERANCE and self.ranks_agree
+        return self.max_abs_err <= (NEAR if self.lossy else TOLERANCE) and self.ranks_agree
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,7 @@ def run_demo(
             ranks_agree=outcome.ranks_agree,
             compile_seconds=outcome.compile_seconds,
             seconds=outcome.seconds,
+            lossy=bool(Plan.parse(text).lossy),
         )
         for text, facts, outcome in zip(texts, explained, outcomes, strict=True)
     )
@@ -147,7 +152,7 @@ def _show(result: DemoResult, console: Console) -> None:
             p.plan,
             str(p.ranks),
             str(p.collectives),
-            f"{p.bytes_per_rank / 1e3:.1f}",
+            f"{p.bytes_per_rank / 1e3:.0f}",
             f"{p.flops_share:.3f}",
             f"{p.max_abs_err:.1e}",
             "yes" if p.ranks_agree else "NO",
@@ -160,6 +165,9 @@ def _show(result: DemoResult, console: Console) -> None:
         "Collectives and kB (what the busiest rank sends) are per denoising step.\n"
         "Ranks share this machine's cores: the seconds do not show how a plan scales."
     )
+    lossy = [p.plan for p in result.plans if p.lossy]
+    if lossy:
+        console.print(f"Lossy, as asked: {', '.join(lossy)}.")
     console.print(f"picture: {result.out}", soft_wrap=True)
     if not result.ok:
         console.print(f"FAILED: a difference above {TOLERANCE:g}, or ranks that disagree", style="bold red")

@@ -6,6 +6,7 @@ from __future__ import annotations
 # number divides the ranks: ("cfg=2,gather={n}", 2) is cfg=2,gather=2 on 4 ranks and nothing on 3.
 TEMPLATES: tuple[tuple[str, int], ...] = (
     ("gather={n}", 1),
+    ("gather={n},displaced", 1),
     ("ulysses={n}", 1),
     ("ring={n}", 1),
     ("ulysses={n},ring=2", 2),

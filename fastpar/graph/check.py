@@ -34,15 +34,16 @@ def check(program: Program) -> None:
     """Raise CheckError unless ``program`` is a valid program of its stage."""
     _structure(program)
     if program.stage in ("sharded", "lowered", "scheduled"):
-        held = {n for n, i in zip(program.placeholders, program.inputs, strict=True) if i.kind == "parameter"}
+        kinds = {n: i.kind for n, i in zip(program.placeholders, program.inputs, strict=True)}
         for node in program.graph.nodes:
             if node.op == "call_function":
                 _node(node, program.stage, program.mesh)
             elif node.op == "placeholder" and isinstance(node.meta.get("val"), torch.Tensor):
-                if not node.meta["layout"].is_whole and not (node in held and program.stage != "sharded"):
+                held = kinds[node] == "carried" or (kinds[node] == "parameter" and program.stage != "sharded")
+                if not node.meta["layout"].is_whole and not held:
                     _fail(node, f"an input is whole on every rank, not {node.meta['layout']}")
-        for n in program.graph.output_node().all_input_nodes:
-            if isinstance(n.meta.get("layout"), Layout) and not n.meta["layout"].is_whole:
+        for n in program.results:
+            if isinstance(n, fx.Node) and isinstance(n.meta.get("layout"), Layout) and not n.meta["layout"].is_whole:
                 _fail(n, f"an output is whole on every rank, not {n.meta['layout']}")
 
 

@@ -17,7 +17,7 @@ import torch.fx as fx
 from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
 
 Stage = Literal["captured", "sharded", "lowered", "scheduled", "localised"]
-Kind = Literal["parameter", "buffer", "user", "state"]
+Kind = Literal["parameter", "buffer", "user", "state", "carried"]
 STAGES: tuple[str, ...] = get_args(Stage)
 
 
@@ -28,7 +28,8 @@ class Input:
     ``name`` is the attribute path for parameters and buffers
     (``blocks.0.attn.to_q.weight``) and the argument's name for what the user
     passes. A tensor that hangs on a module without being registered counts as a
-    buffer. ``source`` is Dynamo's own expression for it, for messages.
+    buffer. ``state`` is what a prologue gave, ``carried`` what the call before gave.
+    ``source`` is Dynamo's own expression for it, for messages.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Program:
     set once they are known. ``notes`` collects what a report should say about
     this program: things that were specialised, gathered, skipped, and why.
     ``origin`` says what it was made from and by; compiled code is kept on disk under it.
+    The last ``carries`` outputs are for the next call (``fastpar.passes.displace``), each rank's own.
     """
 
     gm: fx.GraphModule
@@ -54,6 +56,7 @@ class Program:
     plan: Any = None
     notes: list[str] = field(default_factory=list)
     origin: str = ""
+    carries: int = 0
 
     @property
     def graph(self) -> fx.Graph:
@@ -70,13 +73,24 @@ class Program:
 
     @property
     def fixed(self) -> list[fx.Node]:
-        """Placeholders that are not the user's: parameters, buffers and state."""
-        return [n for n, i in zip(self.placeholders, self.inputs, strict=True) if i.kind != "user"]
+        """Placeholders of what stays the same: parameters, buffers and state."""
+        return [n for n, i in zip(self.placeholders, self.inputs, strict=True) if i.kind not in ("user", "carried")]
 
     @property
     def outputs(self) -> tuple[Any, ...]:
         """Arguments of the output node: nodes, numbers or None."""
         return tuple(self.gm.graph.output_node().args[0])
+
+    @property
+    def results(self) -> tuple[Any, ...]:
+        """The outputs that the caller gets; others are for the next call."""
+        return self.outputs[: len(self.outputs) - self.carries]
+
+    @property
+    def first(self) -> Program | None:
+        """What a sampling run's first calls run instead, since nothing was carried to them (pass ``displace``)."""
+        found: Program | None = self.gm.meta.get("first")
+        return found
 
     def copy(self) -> Program:
         """A program that can be edited without touching this one; tensors and fake values are shared."""

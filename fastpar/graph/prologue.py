@@ -98,7 +98,8 @@ def bytes_on_ranks(program: Program, node: fx.Node) -> list[int]:
 
 def _part(program: Program, graph: fx.Graph, inputs: tuple[Input, ...], name: str) -> Program:
     gm = module_of(program.gm, graph, name)
-    return replace(program, gm=gm, inputs=inputs, name=name.lower(), notes=list(program.notes))
+    carries = program.carries if name == "Step" else 0
+    return replace(program, gm=gm, inputs=inputs, name=name.lower(), notes=list(program.notes), carries=carries)
 
 
 def local_values(parts: Parts) -> None:
@@ -106,13 +107,19 @@ def local_values(parts: Parts) -> None:
 
     (``meta["val"]`` is global, also in the program of one rank.)
     """
-    values = [n.meta["val"] for n in parts.prologue.placeholders]
     given = [n.meta.get("val") for n in parts.step.placeholders]
-    mode = next((v.fake_mode for v in given if isinstance(v, FakeTensor)), None) or FakeTensorMode()
-    with mode, torch.no_grad():
-        made = _Fake(parts.prologue.gm, mode).run(*values)
-    for node, value in zip(parts.kept, made, strict=True):
+    mode = next((v.fake_mode for v in given if isinstance(v, FakeTensor)), None)
+    for node, value in zip(parts.kept, fake_outputs(parts.prologue, mode), strict=True):
         node.meta["val"] = value
+
+
+def fake_outputs(program: Program, mode: FakeTensorMode | None = None) -> tuple[Any, ...]:
+    """What a localised program gives, as fake tensors (of ``mode``, by default that of its inputs): the shapes and
+    strides that this rank will have."""
+    values = [n.meta["val"] for n in program.placeholders]
+    mode = mode or next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None) or FakeTensorMode()
+    with mode, torch.no_grad():
+        return tuple(_Fake(program.gm, mode).run(*values))
 
 
 class _Fake(fx.Interpreter):

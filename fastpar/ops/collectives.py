@@ -294,14 +294,14 @@ class Exchange:
         self._held = [src.local_shape(mesh, rank) for src in srcs]
         if self.kept:
             self.send_splits[self.me] = self.receive_splits[self.me] = 0
-            shapes = [box.size for _, box in self._came]
+            shapes = [box.size for _, box in self.came]
         else:
             shapes = [t.shape for t in self.sides]
         self.shapes = [n for shape in shapes for n in (len(shape), *shape)]
-        self.dtypes = names_of([dtypes[i] for i, _ in self._came] if self.kept else dtypes) if mixed else ""
+        self.dtypes = names_of([dtypes[i] for i, _ in self.came] if self.kept else dtypes) if mixed else ""
 
     @cached_property
-    def _came(self) -> list[tuple[int, Box]]:
+    def came(self) -> list[tuple[int, Box]]:
         """What others sent, in buffer order: the value, and the box of its result."""
         others = [p for p in range(len(self.group)) if p != self.me]
         return [(i, box) for p in others for i, t in enumerate(self.sides) for box in t.receives[p]]
@@ -316,7 +316,7 @@ class Exchange:
     def receive_boxes(self) -> list[int]:
         """Boxes of all that comes, peer by peer."""
         if self.kept:
-            corner = [Box(b.src, (0,) * len(b.size), b.size) for _, b in self._came]
+            corner = [Box(b.src, (0,) * len(b.size), b.size) for _, b in self.came]
             return encode(list(enumerate(corner)), "dst")
         return [n for p in range(len(self.group)) for n in self.receive_boxes_from(p)]
 
@@ -344,7 +344,7 @@ class Exchange:
         for i, (x, side) in enumerate(zip(xs, self.sides, strict=True)):
             for box in side.receives[self.me]:
                 tiles[i].append((box.dst, box.size, x if box.size == self._held[i] else cut(x, box)))
-        for (i, box), part in zip(self._came, came, strict=True):
+        for (i, box), part in zip(self.came, came, strict=True):
             tiles[i].append((box.dst, box.size, part))
         return [
             assemble(tile, cat) if tile else empty(x, side.shape)

@@ -11,10 +11,11 @@ from torch import fx
 from fastpar.core.errors import PlanError
 from fastpar.core.mesh import Mesh
 from fastpar.core.plan import FP8_LETTERS, FP8_MEANING, TOKEN_AXES, Plan
+from fastpar.passes.displace import Displace
 from fastpar.passes.quantize import Quantize
 from fastpar.sharding.candidates import is_attention
 
-IMPLEMENTED = ("ulysses", "ring", "torus", "gather", "cfg", "tp", "naive", "fp8", "speeds", "auto")
+IMPLEMENTED = ("ulysses", "ring", "torus", "gather", "cfg", "tp", "naive", "displaced", "fp8", "speeds", "auto")
 """Plan terms that the compiler runs today; others are a clear error."""
 
 
@@ -46,7 +47,11 @@ def pipeline_text(plan: Plan, schedule: bool = True) -> str:
     steps.append("lower")
     if not plan.naive:  # whose ranks never talk
         steps += ["arrange", "split-weights"]
-    return ",".join([*steps, "hoist", *(["overlap", "pin"] if schedule else [])])
+    steps.append("hoist")
+    if plan.displaced:
+        gn = None if plan.displaced.gn == "none" else plan.displaced.gn
+        steps.append(Displace(gn).spec())  # type: ignore[arg-type]  # the plan has looked at it
+    return ",".join([*steps, *(["overlap", "pin"] if schedule else [])])
 
 
 def _quantizes(plan: Plan) -> None:

@@ -45,33 +45,43 @@ def generation(
     jitter: float = 0.0,
     seed: int = 0,
     keep: int = 2,
+    waiting: Sequence[Program] = (),
+    warmup: int = 0,
 ) -> Generation:
     """``steps`` steps of a sampler that calls N localised programs ``streams`` times in each (2 where guidance is a
     call of its own): every stream's first call runs the prologue, which ``hoist`` has marked, and the step, later
     calls the step; all check what the prologue read. Ranks meet at exchanges only, not between calls. The sampler's
     own work is not counted. Events of the first ``keep`` steps are kept; other arguments and errors as for
-    ``clock.run``.
+    ``clock.run``. Of a displaced plan the first ``warmup`` steps run the programs that are ``waiting``.
     """
     for name, value in (("steps", steps), ("streams", streams)):
         if value < 1:
             raise OptionError(f"{name} is a whole number above 0, not {value!r}")
     mesh: Mesh = programs[0].mesh
-    parts = [p for p in map(split, programs) if p is not None]
     calls: list[Call] = []
     ends: list[int] = []  # of each step, the number of its last call
-    if parts:
-        check = [[Op(_checked(p, r, mesh, topology.device), "check")] for r, p in enumerate(parts)]
-        once, step = call([p.prologue for p in parts], topology), call([p.step for p in parts], topology)
-        first, later = [check, once, step], [check, step]
-    else:
-        first = later = [call(programs, topology)]
+    begins = {0, warmup} if waiting else {0}  # each kind of program has a prologue of its own
+    kinds = [_calls(waiting or programs, topology), _calls(programs, topology)]
     for number in range(steps):
-        calls += (later if number else first) * streams
+        first, later = kinds[number >= warmup]
+        calls += (first if number in begins else later) * streams
         ends.append(len(calls) - 1)
     kept = ends[min(keep, steps) - 1] + 1 if keep > 0 else 0
     line = play(calls, mesh, topology, slowdown, jitter, seed, kept)
     done = [line.calls[i] for i in ends]
     return Generation(line.seconds, tuple(b - a for a, b in zip([0.0, *done], done, strict=False)), line)
+
+
+def _calls(programs: Sequence[Program], topology: Topology) -> tuple[list[Call], list[Call]]:
+    """What a stream's first step runs, and what later ones do."""
+    parts = [p for p in map(split, programs) if p is not None]
+    if not parts:
+        step = [call(programs, topology)]
+        return step, step
+    mesh: Mesh = programs[0].mesh
+    check = [[Op(_checked(p, r, mesh, topology.device), "check")] for r, p in enumerate(parts)]
+    once, after = call([p.prologue for p in parts], topology), call([p.step for p in parts], topology)
+    return [check, once, after], [check, after]
 
 
 def _checked(parts: Parts, rank: int, mesh: Mesh, device: Device) -> float:

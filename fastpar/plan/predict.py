@@ -129,10 +129,13 @@ def _predict(
             compute += attention.count * _converting(attention, plan, split) / (device.bandwidth * device.streaming)
             part = _talk(attention, plan, place, split, device.flops * device.attends(attention.width))
             communication += part[0] * attention.count
-            exposed += part[1] * attention.count
+            exposed += 0.0 if plan.displaced else part[1] * attention.count
             sent += part[2] * attention.count
             collectives += part[3] * attention.count
-            buffers = max(buffers, part[4])
+            # keys and values of all attentions are kept from step to step (DistriFusion), or one at a time is there
+            buffers = buffers + part[4] * attention.count if plan.displaced else max(buffers, part[4])
+    if plan.displaced:  # a whole step hides it, whichever attention it is for
+        exposed += max(0.0, communication - compute)
     if plan.tp and plan.tp > 1:  # Megatron-LM, section 3: one sum behind each attention, one behind its MLP
         usual = [(a.batch * a.heads * a.queries * a.width * a.itemsize, 2 * a.count) for a in work.attentions]
         for whole, count in work.sums or usual:

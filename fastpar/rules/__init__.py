@@ -7,6 +7,7 @@ from fastpar.rules import (  # noqa: F401  (imported for their registrations)
     attention,
     band,
     create,
+    displaced,
     index,
     matmul,
     matrices,

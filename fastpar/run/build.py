@@ -24,7 +24,7 @@ from fastpar.passes.overlap import Overlap
 from fastpar.plan.durations import durations
 from fastpar.plan.expand import IMPLEMENTED, mesh_for, pipeline_text
 from fastpar.plan.planner import Choice, choose
-from fastpar.plan.predict import predict
+from fastpar.plan.predict import USABLE, predict
 from fastpar.plan.topology import Topology, detect, load
 from fastpar.plan.workload import workload
 from fastpar.registry import PASSES
@@ -43,6 +43,7 @@ class Built:
     seconds: dict[str, float] = field(default_factory=dict)  # per pass, without the verifier
     order: tuple[str, ...] = ()  # of the plan's axes on the devices; empty for the plan's own
     choice: Choice | None = None  # the plans that were weighed, where there was a topology to weigh them by
+    first: Built | None = None  # what the first calls of a sampling run do, where it is something else (``displace``)
 
     @property
     def dealt(self) -> str | None:
@@ -109,7 +110,16 @@ def planned(
         if len(choice.near) > 1:
             choice = choice.decided(_scheduled(program, choice, lowering))
         return choice.plan, choice.near[0].order, choice, [choice.note, *filter(None, [why])]
-    return asked, predict(work, asked, box, lowering).order, choice, []
+    found = predict(work, asked, box, lowering)
+    limit = USABLE * box.device.memory
+    if asked.displaced and found.memory > limit:
+        waiting = predict(work, replace(asked, displaced=None), box, lowering)
+        raise PlanError(
+            f"plan {str(asked)!r} needs {found.memory / 1e9:.3g} GB on each device, "
+            f"{(found.memory - waiting.memory) / 1e9:.3g} of them for what is kept from step to step, and {box.name} "
+            f"has {limit / 1e9:.3g} usable; {str(waiting.plan)!r} needs {waiting.memory / 1e9:.3g}"
+        )
+    return asked, found.order, choice, []
 
 
 def _scheduled(program: Program, choice: Choice, lowering: str) -> dict[str, float]:
@@ -172,7 +182,15 @@ def build(
     start.mesh, start.plan = mesh, plan
     lowered = pipeline.run(start, ctx, callbacks(each))
     notes += [n for n in lowered.notes if n not in notes]
-    return Built(program, lowered, mesh, plan, pipeline, notes, seconds, order, choice)
+    built = Built(program, lowered, mesh, plan, pipeline, notes, seconds, order, choice)
+    if lowered.first is not None:
+        names = [p.name for p in pipeline.passes]
+        rest = Pipeline(pipeline.passes[names.index("displace") + 1 :])
+        first = rest.run(lowered.first.copy(), PassContext(mesh=mesh, plan=plan, costs=costs))
+        if verify_structure:
+            check(first)
+        built.first = replace(built, lowered=first)
+    return built
 
 
 def _holding(pipeline: Pipeline) -> Pipeline:

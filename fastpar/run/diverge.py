@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fastpar.backends.simulate import run_global
+from fastpar.backends.simulate import run_global, with_carried
 from fastpar.core.errors import FastparError
 from fastpar.core.layout import Layout
 from fastpar.graph.program import source_line, target_name
@@ -60,7 +60,7 @@ def first_difference(built: Built, args: list[Any], tolerance: float, own: Round
                 raise _Found
 
     try:
-        run_global(built.lowered, args, watch)
+        run_global(built.lowered, with_carried(built.lowered, args), watch)
     except _Found:
         return where[0]
     except (FastparError, RuntimeError) as error:

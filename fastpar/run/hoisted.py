@@ -34,7 +34,7 @@ from fastpar.graph.program import Program, draws
 from fastpar.graph.prologue import Parts, apart, checked, local_values, split
 from fastpar.ops.checksum import checksums
 from fastpar.run.artefact import Artefact, Runner, StateSpec
-from fastpar.run.stream import Stream, current_generation
+from fastpar.run.stream import Stream, Streams, current_generation
 
 _C10D = torch.ops._c10d_functional
 Compile = Callable[[Program], Runner]
@@ -82,7 +82,7 @@ class _Hoisted:
 
     def __call__(self, artefact: Artefact, args: list[Any]) -> Sequence[Any]:
         step, inputs = artefact.programs["step"], [args[i] for i in self.reads]
-        streams = current_generation().streams(self)
+        streams = current_generation().kept(self, Streams)
         sums = artefact.programs["check"](list(inputs))[0] if inputs else None
         stream = streams.find(inputs)
         if stream is not None and stream.values is not None:

@@ -26,6 +26,8 @@ from fastpar.run.groups import world
 log = logging.getLogger("fastpar")
 
 Compile = Callable[[Program], Callable[[list[Any]], Sequence[Any]]]
+DISPLACED = "what a displaced plan keeps of a message outlives the call, and a heap's slot does not"
+"""Why such plans are two-sided."""
 _OK = "ok"
 _PAUSE = 0.002  # seconds between two looks into the store
 _names = itertools.count()

@@ -30,7 +30,7 @@ def fields(built: Built, lowering: str, transport: str = "two-sided") -> dict[st
         "transport": transport,
         "inputs": inputs,
         "graph": built.captured.hash(),
-        "program": built.lowered.hash(),
+        "program": " ".join(b.lowered.hash() for b in (built, built.first) if b is not None),
     }
 
 

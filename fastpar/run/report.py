@@ -118,11 +118,13 @@ class Report:
     symbols stand for in ``symbols``. ``collectives_formula`` is the number of collectives by it, before messages are
     joined. These are the numbers of a generation's first call; ``hoisted`` is what of it later calls leave out, and
     ``step_flops_share``, ``step_bytes_per_rank`` and ``step_collectives`` (how many) what they are left with.
-    With a topology, ``links`` has what crosses each class of links, ``predicted`` the seconds of this plan's program
-    on the virtual clock (in all, computing, communicating, exposed), and ``plans`` every plan that was weighed.
-    ``timeline`` is what every rank does meanwhile, for ``fastpar.plan.trace`` and ``fastpar.plan.picture``; None where
-    the clock had too many operators to walk. ``generation``, where steps were given, has the seconds of a sampling run,
-    of its ``first`` step and of a later ``step``, and how many ``steps`` and ``streams`` it has.
+    Of a displaced plan the numbers are those of a call that takes what the last one has kept, ``carried_bytes`` of it
+    on the largest rank per stream. With a topology, ``links`` has what crosses each class of links, ``predicted`` the
+    seconds of this plan's program on the virtual clock (in all, computing, communicating, exposed), and ``plans`` every
+    plan that was weighed. ``timeline`` is what every rank does meanwhile, for ``fastpar.plan.trace`` and
+    ``fastpar.plan.picture``; None where the clock had too many operators to walk. ``generation``, where steps were
+    given, has the seconds of a sampling run, of its ``first`` step and of a later ``step``, and how many ``steps`` and
+    ``streams`` it has.
     ``orders`` are those that ``overlap`` weighed for later calls, the one that it took first; ``exposed`` what nothing
     hides in it.
     """
@@ -147,6 +149,7 @@ class Report:
     bytes_per_rank: int = 0
     bytes_formula: int = 0
     hoisted: Hoisted = field(default_factory=Hoisted)
+    carried_bytes: int = 0
     formula: str = ""
     symbols: list[dict[str, int]] = field(default_factory=list)
     collectives_formula: int = 0

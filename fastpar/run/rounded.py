@@ -53,9 +53,9 @@ class Rounded:
 def rounded(program: Program, args: Sequence[Any]) -> Rounded:
     """Run a sharded or lowered ``program`` on whole tensors, with rounding and without."""
     with torch.no_grad():
-        run = _Whole(program.gm, True)
-        outputs = run.run(*args)
-        return Rounded(tuple(outputs), tuple(_Whole(program.gm, False).run(*args)), run.worst, run.values)
+        run, count = _Whole(program.gm, True), len(program.results)
+        outputs, unrounded = run.run(*args)[:count], _Whole(program.gm, False).run(*args)[:count]
+        return Rounded(tuple(outputs), tuple(unrounded), run.worst, run.values)
 
 
 class _Whole(fx.Interpreter):

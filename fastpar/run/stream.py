@@ -25,16 +25,18 @@ import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Sequence
 from contextvars import ContextVar, Token
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch._guards import CompileContext
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
+from fastpar.core.errors import OptionError
 from fastpar.graph.program import Program
 from fastpar.run.artefact import Runner
 
+T = TypeVar("T")
 _C10D = torch.ops._c10d_functional
 
 STREAMS = 4
@@ -44,18 +46,23 @@ PATIENCE = 2 * STREAMS
 
 
 class Generation:
-    """One sampling run. A context: calls inside belong to it. It may be entered again, so runs can take turns."""
+    """One sampling run. A context: calls inside belong to it. It may be entered again, so runs can take turns.
 
-    def __init__(self) -> None:
+    ``calls_per_step``: of a model, where the user has said it.
+    """
+
+    def __init__(self, calls_per_step: int | None = None) -> None:
+        self.calls_per_step = calls_per_step
         self.calls: dict[Any, int] = defaultdict(int)  # per frame that Dynamo compiles
-        self._streams: weakref.WeakKeyDictionary[Any, Streams] = weakref.WeakKeyDictionary()
+        self._kept: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
         self._entered: list[Token[Generation]] = []
 
-    def streams(self, owner: object) -> Streams:
-        """The streams of one compiled graph; they go when it or this generation goes."""
-        if owner not in self._streams:
-            self._streams[owner] = Streams()
-        return self._streams[owner]
+    def kept(self, owner: object, make: Callable[[], T]) -> T:
+        """What is kept here for one compiled graph, at first what ``make`` gives; it goes when either goes."""
+        if owner not in self._kept:
+            self._kept[owner] = make()
+        found: T = self._kept[owner]
+        return found
 
     def __enter__(self) -> Generation:
         self._entered.append(_current.set(self))
@@ -65,10 +72,12 @@ class Generation:
         _current.reset(self._entered.pop())
 
 
-_current: ContextVar[Generation] = ContextVar("generation", default=Generation())  # noqa: B039  (all calls outside)
+OUTSIDE = Generation()
+"""The calls outside of any generation."""
+_current: ContextVar[Generation] = ContextVar("generation", default=OUTSIDE)  # noqa: B039  (one for all)
 
 
-def generation() -> Generation:
+def generation(streams: int | None = None) -> Generation:
     """A context for one run of your own sampling loop, on every rank alike::
 
         with fastpar.generation():
@@ -78,8 +87,14 @@ def generation() -> Generation:
     What is computed once per generation is computed anew inside, and its memory is free when the context is. It
     is never needed for right results: without it, calls find by their inputs what they can use. Runs that take
     turns each enter an object of their own, again and again.
+
+    Displaced plans need it, for what they carry from step to step belongs to one run (``fastpar.run.displaced``).
+    ``streams`` says how many calls of a model a step has, where that does not show in their inputs. Raises OptionError
+    for less than one.
     """
-    return Generation()
+    if streams is not None and (isinstance(streams, bool) or not isinstance(streams, int) or streams < 1):
+        raise OptionError(f"generation: streams is how many calls of a model a step has, 1 or more, not {streams!r}")
+    return Generation(streams)
 
 
 def current_generation() -> Generation:
@@ -93,8 +108,8 @@ class Stream:
     The inputs are held weakly: when one goes, no call can come with it any more, and ``values`` are let go.
     """
 
-    def __init__(self, inputs: Sequence[torch.Tensor], values: Sequence[torch.Tensor], sums: Any) -> None:
-        self.values: Sequence[torch.Tensor] | None = values
+    def __init__(self, inputs: Sequence[torch.Tensor], values: Any, sums: Any) -> None:
+        self.values: Any = values  # None once they are let go
         self.sums = sums
         self.inputs = [(_weakly(t, self), version(t)) for t in inputs]
 

@@ -24,12 +24,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.mutants import compiler, messages, runtime, speeds
+from tests.mutants import compiler, displaced, messages, runtime, speeds
 from tests.mutants.mutant import Mutant
 
 ROOT = Path(__file__).resolve().parents[2]
 CONTROL = "(none: the copy as it is must survive)"
-MUTANTS = (*compiler.MUTANTS, *messages.MUTANTS, *runtime.MUTANTS, *speeds.MUTANTS)
+MUTANTS = (*compiler.MUTANTS, *displaced.MUTANTS, *messages.MUTANTS, *runtime.MUTANTS, *speeds.MUTANTS)
 
 
 def copied(folder: Path) -> Path:

@@ -40,7 +40,7 @@ MUTANTS = (
         "/ self.topology.speed(r) for", "for", (TESTS, "-k", "slow_device_takes"),
     ),
     Mutant(
-        "an N-th is attainable whatever the speeds", "fastpar/run/verify.py",
+        "an N-th is attainable whatever the speeds", "fastpar/run/explained.py",
         "candidates, 1 / most, cut", "candidates, ranks // deal // tp, cut", (TESTS, "-k", "exact_and_balanced"),
     ),
     Mutant(

@@ -1,10 +1,12 @@
 """diffusers' own pipelines, with their denoiser (and decoder) compiled, beside the same ones in one process.
 
 ``torchrun ... -m tests.scripts.pipelines flux:ulysses=2 sd:cfg=2``: prints what each is off by, of all that is drawn.
+``sd@gather=2,displaced`` is given to ``fastpar.parallelize``, others are compiled by hand.
 """
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from datetime import timedelta
@@ -13,6 +15,8 @@ from typing import Any
 import diffusers
 import torch
 import torch.distributed as dist
+
+import fastpar
 
 torch.set_num_threads(1)
 STEPS = 3
@@ -87,17 +91,20 @@ def wan() -> Drawn:
 def main() -> None:
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     for asked in sys.argv[1:]:
-        name, plan = asked.split(":", 1)
+        name, by, plan = re.split("([:@])", asked, maxsplit=1)
         torch._dynamo.reset()
         torch.manual_seed(0)
         pipe, denoiser, draw = globals()[name]()
         pipe.set_progress_bar_config(disable=True)
         expected = draw()
-        options = {"plan": plan}
-        setattr(pipe, denoiser, torch.compile(getattr(pipe, denoiser), backend="fastpar", options=options))
-        if name != "wan":  # whose decoder goes frame by frame
-            rows = {"plan": f"gather={dist.get_world_size()}"}
-            pipe.vae.decode = torch.compile(pipe.vae.decode, backend="fastpar", options=rows)
+        rows = f"gather={dist.get_world_size()}" if name != "wan" else None  # whose decoder goes frame by frame
+        if by == "@":
+            assert fastpar.parallelize(pipe, plan, decoder=rows) is pipe
+        else:
+            options = {"plan": plan}
+            setattr(pipe, denoiser, torch.compile(getattr(pipe, denoiser), backend="fastpar", options=options))
+            if rows:
+                pipe.vae.decode = torch.compile(pipe.vae.decode, backend="fastpar", options={"plan": rows})
         drawn = [draw(), draw()]
         assert expected.std() > 1e-3 and torch.equal(*drawn)
         off = (drawn[1] - expected).abs().max() / expected.abs().max()
