@@ -25,8 +25,8 @@ none          those of the own rows, and of nothing else is anything sent any mo
 
 Not displaced: outputs, which all ranks have alike; what is computed once per generation; columns of shared products,
 which depend on the step and not on the patch; rows that move on to another rank to be worked on there, since they
-would lag a step behind; maxima, and sums of what was scaled by them, since terms of two steps do not add up; and what
-an output is made of that is no rank's own.
+would lag a step behind (also those that are looked up by index); maxima, and sums of what was scaled by them, since
+terms of two steps do not add up; and what an output is made of that is no rank's own.
 """
 
 from __future__ import annotations

@@ -73,9 +73,9 @@ class Played:
 
 
 def program(forward: Callable[..., Any], kinds: str, *values: Tensor) -> Program:
-    """A program of an fx trace; ``kinds``: p(arameter), u(ser) or s(tate) per input."""
+    """A program of an fx trace; ``kinds``: p(arameter), u(ser), s(tate) or c(arried) per input."""
     gm = torch.fx.symbolic_trace(forward)
-    names = {"p": "parameter", "u": "user", "s": "state"}
+    names = {"p": "parameter", "u": "user", "s": "state", "c": "carried"}
     for node, value in zip(gm.graph.find_nodes(op="placeholder"), values, strict=True):
         node.meta["val"] = value
     out = gm.graph.output_node()
@@ -100,6 +100,18 @@ def test_each_call_executes_once_and_results_may_be_kept() -> None:
     for x, (a, b) in kept:  # also after later replays
         assert torch.equal(a, w * x) and torch.equal(b, x + 1)
     assert device.did == {"run": 1, "capture": 1, "replay": 3}
+
+
+def test_what_is_carried_from_call_to_call_is_copied_and_may_be_kept() -> None:
+    """The next call is given what this one gave, at another address every time: that is no reason to capture again."""
+    run, device = played(lambda x, old: (x + old, x * 2), "uc", torch.ones(3), torch.ones(3))
+    old, expected = torch.zeros(3), torch.zeros(3)
+    for _ in range(5):
+        x = torch.randn(3)
+        now, kept = run([x, old])
+        assert torch.equal(now, x + expected)
+        old, expected = kept, 2 * x
+    assert device.did["capture"] == 1
 
 
 def test_weights_are_read_where_they_are_and_seen_when_written_to() -> None:

@@ -300,6 +300,24 @@ def test_rows_that_move_on_wait() -> None:
     assert any("rows move on to other ranks" in note for note in notes), notes
 
 
+@pytest.mark.parametrize("some", [4, 11])
+def test_rows_that_are_looked_up_wait(some: int) -> None:
+    """Tokens in another order: a rank goes on with rows that were others', which may not be a step old."""
+    torch.manual_seed(0)
+    block = Block().double().eval().requires_grad_(False)
+    x, *rest = inputs(1)
+
+    def ordered(x: torch.Tensor, order: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        return block(block(x, *rest)[:, order], *rest)
+
+    order = torch.randperm(11)[:some]
+    assert waiting(ordered, (x, order, *rest))
+    first, second = ((x + 0.1 * i, order, *rest) for i in range(2))
+    late = fastpar.simulate(ordered, [first, second], plan="gather=2,displaced(warmup=1)")[0]
+    same = fastpar.simulate(ordered, [second, second], plan="gather=2,displaced(warmup=1)")[0]
+    assert 0 < float((late - same).abs().max()) < 0.05 * float(same.abs().max())  # context is late, rows are not
+
+
 def test_what_is_the_same_in_every_step_is_not_carried() -> None:
     """Two layers attend to themselves and to a prompt that was refined: what is exchanged of the prompt is hoisted."""
     torch.manual_seed(0)

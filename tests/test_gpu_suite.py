@@ -238,10 +238,10 @@ def test_steps_ranks_and_hoist() -> None:
     part = Part("tiny", 600, match=("eager",))
     step.body(part)
     assert [row["name"] for row in part.rows] == ["eager"] and part.rows[0]["speedup"] > 0
-    part = Part("tiny", 600, match=("fastpar ulysses=8, eager", "fastpar ring=8", "+ hoist"))
+    part = Part("tiny", 600, match=("fastpar ulysses=8, eager", "fastpar ring=8", "+ hoist", "displaced"))
     ranks.body(part)
     rows = {row["name"]: row for row in part.rows}
-    assert len(rows) == 3 * len(ranks.TOPOLOGIES)
+    assert len(rows) == 4 * len(ranks.TOPOLOGIES)
     for row in rows.values():
         assert "error" not in row and row["ms"] > 0, row
     busy = [rows[f"{topology}: fastpar ring=8"]["link_ms"] for topology in ranks.TOPOLOGIES]

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+import fastpar
 from benchmarks.gpu.models import Made, make
 from benchmarks.gpu.part import Part, run
 from benchmarks.gpu.peers import PEERS
@@ -67,6 +68,8 @@ OURS: dict[str, Ours] = {
     **{f"fastpar ulysses=8, {step}": Ours("ulysses=8", end) for step, end in ENDS.items()},
     "fastpar ulysses=4,ring=2": Ours("ulysses=4,ring=2"),
     "fastpar tp=8": Ours("tp=8"),
+    "fastpar gather=8": Ours("gather=8"),
+    "fastpar gather=8,displaced": Ours("gather=8,displaced(warmup=1)"),
 }
 """Name -> plan; the first is what all others are compared with."""
 ORDER = (
@@ -85,9 +88,11 @@ def called(made: Made, name: str, topology: str) -> Callable[[], Any]:
     """A call of an entry, compiled and run once."""
     model = made.shared()
     split = OURS[name].build(model, topology) if name in OURS else PEERS[name](model, RANKS)
+    steps = fastpar.generation(streams=1)  # calls are steps of one sampling run, though they have the same inputs
 
     def call() -> Any:
-        return split(**made.inputs)
+        with steps:
+            return split(**made.inputs)
 
     (out,) = call()
     whole = made.inputs["hidden_states"].shape
