@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.mutants.mutant import Mutant
 
-TESTS = "tests/test_displaced.py"
+TESTS, TURNS = "tests/test_displaced.py", "tests/test_displaced_turns.py"
 
 MUTANTS = (
     Mutant(
@@ -44,19 +44,19 @@ MUTANTS = (
     ),
     Mutant(
         "the warm-up is a step longer", "fastpar/run/displaced.py",
-        "kept.calls >= self.warmup", "kept.calls > self.warmup", (TESTS, "-k", "told_apart"),
+        "kept.calls >= self.warmup", "kept.calls > self.warmup", (TURNS, "-k", "told_apart"),
     ),
     Mutant(
         "activations are carried outside of a generation", "fastpar/run/displaced.py",
-        "if generation is OUTSIDE:", "if False:", (TESTS, "-k", "outside"),
+        "if generation is OUTSIDE:", "if False:", (TURNS, "-k", "outside"),
     ),
     Mutant(
         "a sample that was written to is the same one", "fastpar/run/displaced.py",
-        "self.version == version(sample)\n", "True\n", (TESTS, "-k", "written_to"),
+        "self.version == version(sample)\n", "True\n", (TURNS, "-k", "written_to"),
     ),
     Mutant(
         "a call that fails leaves what was there", "fastpar/run/displaced.py",
-        "values, kept.values = kept.values, None ", "values = kept.values ", (TESTS, "-k", "fails"),
+        "values, kept.values = kept.values, None ", "values = kept.values ", (TURNS, "-k", "fails"),
     ),
     Mutant(
         "a message is in the way of what is predicted", "fastpar/plan/predict.py",
