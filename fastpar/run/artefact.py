@@ -2,7 +2,7 @@
 
 A plan without state has one program, ``step``. Where the pass ``hoist`` found something there are three: ``prologue``
 gives the state, ``step`` takes it after its inputs, and ``check`` tells whether it is still the right one
-(``fastpar.run.hoisted``).
+(``fastpar.run.hoisted``). A displaced plan has two artefacts, of which each call runs one (``fastpar.run.displaced``).
 """
 
 from __future__ import annotations
