@@ -100,7 +100,8 @@ class _Found:
         self._keep_outputs_alike(program.results)
 
     def notes(self) -> list[str]:
-        out = [f"displace: {len(self.chosen)} exchanges bring what is used in the next step"]
+        brings = "bring what is used in the next step" if self.gn else "end with the warm-up; what came then stays"
+        out = [f"displace: {len(self.chosen)} exchanges {brings}"]
         for reason, values in self.waiting.items():
             out.append(f"displace: {len(values)} exchanges are waited for: {reason} ({source_line(values[0])})")
         return out

@@ -375,7 +375,7 @@ def test_settling(patches: Patches) -> None:
 @pytest.mark.distributed
 def test_on_two_processes() -> None:
     plans = ["gather=2,displaced(warmup=2)", "gather=2,displaced(warmup=1,gn=none),fp8(v)",
-             "gather=2,displaced(warmup=1)+inductor"]  # fmt: skip
+             "gather=2,displaced(warmup=1)+inductor", "gather=2,displaced(warmup=1)+new"]  # fmt: skip
     printed = torchrun(*plans, script="tests.scripts.displaced", ranks=2)
     assert printed.count("from virtual ranks") == 2 * 2 * len(plans)
 

@@ -1,8 +1,9 @@
 """Displaced plans on real processes: what every rank gets is what N virtual ranks get from the same steps.
 
-Run by torchrun with plans as arguments (``+shards``: weights in parts; ``+inductor``). A sampler calls the model twice
-per step, with a prompt and without one. Prints per rank and plan how far the last step is from that of virtual ranks,
-and from one device; exits non-zero where the first is wrong, or the second so small that nothing can have been late.
+Run by torchrun with plans as arguments (``+shards``: weights in parts; ``+inductor``; ``+new``: the prompt is another
+tensor in every call, and what depends on it alone is hoisted until that shows). A sampler calls the model twice per
+step, with a prompt and without one. Prints per rank and plan how far the last step is from that of virtual ranks, and
+from one device; exits non-zero where the first is wrong, or the second so small that nothing can have been late.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 import fastpar
+from fastpar.core.plan import Plan
+from fastpar.plan.expand import pipeline_text
+from fastpar.run.stream import PATIENCE
 from tests.test_cfg import Block
 
 STEPS = 5
@@ -35,12 +39,15 @@ def sampled(plan: str, more: list[str], prompts: list[Tensor]) -> list[Tensor]:
     torch._dynamo.reset()
     one = model()
     options = {"plan": plan, "lowering": "inductor" if "inductor" in more else "eager"}
+    if "new" in more:
+        options["passes"] = pipeline_text(Plan.parse(plan)).replace("hoist,", "hoist{always=true},")
     compiled = torch.compile(one, backend="fastpar", options=options)
     shards = fastpar.shard_weights(one) if "shards" in more else None
     calls = [steps(prompt) for prompt in prompts]
-    with fastpar.generation():
-        for number in range(STEPS):
-            results = [compiled(*call[number]) for call in calls]
+    with fastpar.generation(streams=2 if "new" in more else None):
+        for number in [*[0] * (2 * PATIENCE if "new" in more else 0), *range(STEPS)]:
+            given = [call[number] for call in calls]
+            results = [compiled(x, t, p.clone() if "new" in more else p) for x, t, p in given]
     if shards is not None:
         shards.restore()
     return [result.clone() for result in results]
