@@ -116,7 +116,8 @@ def _timed(call: Callable[[], T]) -> tuple[float, T]:
 @torch.no_grad()
 def _first_call(model: torch.nn.Module, digits: tuple[int, ...]) -> None:
     """Compile: one call with inputs like the sampler's, so that its steps are timed without it."""
-    model(**guided_inputs(initial_noise(len(digits), seed=0), torch.tensor(999), torch.tensor(digits)))
+    with fastpar.generation():
+        model(**guided_inputs(initial_noise(len(digits), seed=0), torch.tensor(999), torch.tensor(digits)))
 
 
 def _over_ranks(error: float, images: Tensor) -> tuple[float, bool]:
