@@ -38,7 +38,7 @@ from fastpar.ops.collectives import (
     shapes_of,
     unpack,
 )
-from fastpar.ops.displaced import context, kept_shape
+from fastpar.ops.displaced import context, kept_apart, kept_shape
 from fastpar.ops.join import join, join_order
 from fastpar.rules.localise import Localiser
 from fastpar.sharding.blockwise import blockwise
@@ -159,9 +159,12 @@ class _Writer:
 
     def context(self, node: fx.Node) -> fx.Node:
         part = self.env[node.args[0]]  # type: ignore[index]
-        came = part.exchange.came(part.index) if isinstance(part, _Part) else None
-        if came is not None:
-            return came
+        src, dst = (Layout.parse(str(a)) for a in node.args[1:3])
+        # what is kept follows from this value's layouts, not from what it shares a message with
+        if isinstance(part, _Part) and kept_apart(src, dst, self.mesh, self.rank) is not None:
+            came = part.exchange.came(part.index)
+            if came is not None:
+                return came
         target, args, kwargs = self.localiser.call(node, self.rank)
         return self._emit(node, target, self._map(args), kwargs)
 

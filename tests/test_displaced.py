@@ -18,6 +18,7 @@ from fastpar.core.layout import Layout
 from fastpar.core.mesh import Mesh
 from fastpar.core.plan import Plan
 from fastpar.graph.program import Program
+from fastpar.ops.collectives import all_to_all
 from fastpar.ops.displaced import kept_apart, plausible
 from fastpar.plan.expand import pipeline_text
 from fastpar.plan.predict import predict
@@ -252,6 +253,26 @@ def test_a_generation_on_the_clock(patches: Patches) -> None:
     late = fastpar.explain(patches, steps(1)[0], plan="gather=4,displaced(warmup=1)", topology="l40-8", steps=6)
     assert late.generation["seconds"] < report.generation["seconds"] < waits.generation["seconds"]
     assert late.predicted["seconds"] < waits.predicted["seconds"]
+
+
+def test_what_is_kept_does_not_depend_on_what_shares_a_message() -> None:
+    """A convolution of few channels and many rows of halo beside one of many channels and few: of the first the whole
+    value is kept, of the second what came, however messages are packed."""
+    torch.manual_seed(0)
+    many, few = (nn.Conv2d(2, channels, 3, padding=1).double().requires_grad_(False) for channels in (32, 1))
+    near, far = (nn.Conv2d(channels, 1, taps).double().requires_grad_(False) for channels, taps in ((32, 3), (1, 9)))
+
+    def both(x: torch.Tensor) -> torch.Tensor:
+        wide, narrow = F.pad(many(x), (1,) * 4), F.pad(few(x), (4,) * 4)
+        return near(wide) + far(narrow)
+
+    program = fastpar.capture(both, (steps(1, 12)[0][0],))
+    plan = "gather=2,displaced"
+    text = pipeline_text(Plan.parse(plan)).replace("overlap,pin", "pack")
+    built = build(program.programs[0].program, plan, passes=text)
+    assert max(len(n.args[0]) for n in built.lowered.graph.nodes if n.target is all_to_all) == 2
+    report = fastpar.verify(program, plan=plan, passes=text)
+    assert report.ok and report.carried_bytes == 8 * (32 * (6 + 2) + (6 + 8) * (6 + 8))
 
 
 # -- what waits -------------------------------------------------------------------------------------

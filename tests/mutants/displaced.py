@@ -39,6 +39,11 @@ MUTANTS = (
         "if x in self.shifted:", "if False:", (TESTS, "-k", "softmax_over_rows"),
     ),
     Mutant(
+        "what is kept depends on what shares a message", "passes/localise.py",
+        "if isinstance(part, _Part) and kept_apart(src, dst, self.mesh, self.rank) is not None:",
+        "if isinstance(part, _Part):", (TESTS, "-k", "shares_a_message"),
+    ),
+    Mutant(
         "what is computed once is carried as well", "passes/displace.py",
         'if exchange.meta.get("hoisted") or ', "if ", (TESTS, "-k", "same_in_every_step_is_not"),
     ),
