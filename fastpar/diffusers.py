@@ -44,8 +44,8 @@ def parallelize(pipe: Any, plan: str | Plan = "auto", *, decoder: str | Plan | N
     given = {"plan": plan, **options}
     for one in (plan, *([decoder] if decoder is not None else [])):
         chosen = Options.from_user({**given, "plan": one})
-        group = group_of(chosen.mesh)
-        resolve(chosen.plan, world(group)[1] if group is not None else None if not chosen.plan.auto else 1)
+        group = group_of(chosen.mesh)  # without one, the first call says what is missing
+        resolve(chosen.plan, world(group)[1] if group is not None or chosen.plan.auto else None)
     for part in denoisers.values():
         part.compile(backend="fastpar", options=given)
     if decoder is not None:

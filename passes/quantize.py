@@ -127,7 +127,7 @@ class _Moves:
                 elif any(map(attended, move.sources)):
                     yield "o"
                 else:
-                    yield "h" if any(map(_overlaps, move.values)) else "g"
+                    yield "h" if any(value.meta["layout"].windowed for value in move.values) else "g"
 
     def _stays(self, value: fx.Node) -> bool:
         if value.target is join:
@@ -170,11 +170,6 @@ def _operand(user: fx.Node, value: fx.Node) -> str:
     if not blockwise(user):
         return ""
     return "".join(letter for letter, arg in zip("qkvm", user.args, strict=False) if arg is value)
-
-
-def _overlaps(node: fx.Node) -> bool:
-    """Whether ranks have rows in common (windows): halos."""
-    return any(seg.offsets for dim in node.meta["layout"].dims for atom in dim.atoms for seg in atom.segs)
 
 
 def _tell(moves: _Moves, chosen: list[_Move], asked: str, ctx: PassContext) -> None:

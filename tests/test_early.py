@@ -148,3 +148,16 @@ def test_random_numbers_are_drawn_whole_and_once(draw: Any) -> None:
     program = fastpar.capture(dropped, (torch.randn(1, 2, 12, 6).double(),)).programs[0].program
     [drawn] = [n for n in build(program, "gather=2").lowered.graph.nodes if draws(n)]
     assert drawn.meta["layout"].is_whole
+
+
+def test_a_long_way_from_the_sample() -> None:
+    """As many operators as a recursion would not survive."""
+    conv = torch.nn.Conv2d(2, 2, 3, padding=1).double().requires_grad_(False)
+
+    def far(x: torch.Tensor) -> torch.Tensor:
+        for _ in range(1200):
+            x = x * 0.5 + 0.25
+        return conv(x)
+
+    report = fastpar.explain(far, (torch.randn(1, 2, 12, 6).double(),), plan="gather=2")
+    assert [c.why for c in report.collectives] == ["output"]

@@ -250,6 +250,11 @@ class Layout:
         return frozenset(x for d in self.dims for x in d.axes)
 
     @cached_property
+    def windowed(self) -> bool:
+        """Whether parts are windows: rows with their halos, or a ring's blocks."""
+        return any(seg.offsets for dim in self.dims for atom in dim.atoms for seg in atom.segs)
+
+    @cached_property
     def partial_axes(self) -> frozenset[str]:
         return frozenset(x for p in self.partial for x in p.axes)
 

@@ -166,7 +166,7 @@ def _further(node: fx.Node, mesh: Mesh) -> tuple[str, dict[str, int], tuple[str,
     if x.target is terms:
         axes = mesh.ordered(x.meta["layout"].dims[0].axes)
         return "sums of which ranks keep rows", dict(S=size // mesh.size(axes), t=mesh.size(axes)), axes
-    if any(seg.offsets for dim in layout.dims for atom in dim.atoms for seg in atom.segs):
+    if layout.windowed:
         axes = mesh.ordered(layout.split_axes)
         further = sum(math.prod(layout.local_shape(mesh, rank)) for rank in mesh.group(0, axes)) - size
         return ("halos", dict(R=further, t=mesh.size(axes)), axes) if further > 0 else None  # 0: a ring's blocks

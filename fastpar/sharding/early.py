@@ -46,10 +46,11 @@ def cut_late(graph: fx.Graph, mesh: Mesh) -> None:
     Products and attentions are not repeated; random numbers are whole on all ranks anyway.
     """
     for node in list(graph.nodes):
-        halo = node.target is redistribute and node.meta.get("why") == "plan" and _has_windows(node.meta["layout"])
+        halo = node.target is redistribute and node.meta.get("why") == "plan" and node.meta["layout"].windowed
         if halo and not is_free(node, mesh):
             chain = _behind(node.args[0])  # type: ignore[arg-type]
-            made = max((_elements(user, mesh) for user in node.users), default=0)
+            layouts = [user.meta.get("layout") for user in node.users]
+            made = max((_elements(x, mesh) for x in layouts if isinstance(x, Layout)), default=0)
             if chain is None or sum(math.prod(n.meta["val"].shape) for n in chain) > max(made, AT_ONCE):
                 continue
             env: dict[fx.Node, fx.Node] = {}
@@ -66,39 +67,37 @@ def cut_late(graph: fx.Graph, mesh: Mesh) -> None:
     graph.eliminate_dead_code()
 
 
-def _has_windows(layout: Layout) -> bool:
-    return any(seg.offsets for dim in layout.dims for atom in dim.atoms for seg in atom.segs)
-
-
 def _behind(node: fx.Node) -> list[fx.Node] | None:
     """What is to be made whole, in order, to have ``node`` whole; None where something has to come from others."""
-    chain: dict[fx.Node, None] = {}
-
-    def visit(n: fx.Node) -> bool:
+    found: set[fx.Node] = set()
+    todo = [node]
+    while todo:
+        n = todo.pop()
         layout = n.meta.get("layout")
-        if n in chain or (isinstance(layout, Layout) and layout.is_whole):
-            return True
+        if n in found or (isinstance(layout, Layout) and layout.is_whole):
+            continue
         if n.target is redistribute:
-            return bool(n.args[0].meta["layout"].is_whole)  # type: ignore[union-attr]
+            if not n.args[0].meta["layout"].is_whole:  # type: ignore[union-attr]
+                return None
+            continue
         schema = getattr(n.target, "_schema", None)
         if not isinstance(layout, Layout) or schema is None or schema.name in HEAVY or schema.is_mutable:
-            return False
-        if not n.all_input_nodes or not all(map(visit, n.all_input_nodes)):
-            return False
-        chain[n] = None
-        return True
-
-    return list(chain) if visit(node) else None
+            return None
+        if not n.all_input_nodes:
+            return None
+        found.add(n)
+        todo += n.all_input_nodes
+    return sorted(found)
 
 
 def is_free(node: fx.Node, mesh: Mesh) -> bool:
+    """Whether a redistribute sends nothing."""
     return is_local(node.args[0].meta["layout"], node.meta["layout"], mesh)  # type: ignore[union-attr]
 
 
-def _elements(node: fx.Node, mesh: Mesh) -> int:
-    layout = node.meta.get("layout")
-    ranks = range(mesh.ranks)
-    return max(math.prod(layout.local_shape(mesh, rank)) for rank in ranks) if isinstance(layout, Layout) else 0
+def _elements(layout: Layout, mesh: Mesh) -> int:
+    """Numbers on the busiest rank."""
+    return max(math.prod(layout.local_shape(mesh, rank)) for rank in range(mesh.ranks))
 
 
 class _Early:
@@ -114,7 +113,7 @@ class _Early:
         for node in list(self.graph.nodes):
             cuts = [u for u in node.users if self._cuts(u)] if node in self.only_cut else []
             wants = {_once(u.meta["layout"]) for u in cuts}
-            if not wants or sum(map(self._elements, wants)) > math.prod(node.meta["val"].shape):
+            if not wants or sum(_elements(want, self.mesh) for want in wants) > math.prod(node.meta["val"].shape):
                 continue
             for user in cuts:
                 part = self._part(node, _once(user.meta["layout"]))
@@ -133,10 +132,7 @@ class _Early:
         """Whether a node only takes a rank's part of a whole value."""
         if node.target is not redistribute or not node.args[0].meta["layout"].is_whole:  # type: ignore[union-attr]
             return False
-        return is_local(node.args[0].meta["layout"], node.meta["layout"], self.mesh)  # type: ignore[union-attr]
-
-    def _elements(self, layout: Layout) -> int:
-        return max(math.prod(layout.local_shape(self.mesh, rank)) for rank in range(self.mesh.ranks))
+        return is_free(node, self.mesh)
 
     def _part(self, node: fx.Node, want: Layout) -> fx.Node | None:
         """``node`` in layout ``want``, made from parts of its operands; None where a rule cannot say which, and where
