@@ -18,6 +18,7 @@ from fastpar.core.plan import TERMS
 from fastpar.plan.expand import IMPLEMENTED
 from fastpar.registry import PASSES
 from fastpar.rules.table import known
+from tests.mutants.__main__ import MUTANTS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
@@ -74,3 +75,9 @@ def test_the_table_of_rules_names_operators_that_have_one() -> None:
     files = {re.findall(r"`(\w+)\.py`", line)[0] for line in table if ".py`" in line}
     rules = {p.stem for p in (ROOT / "fastpar" / "rules").glob("*.py")} - {"__init__", "table", "factor", "localise"}
     assert files == rules
+
+
+def test_mutants_are_of_text_that_is_there() -> None:
+    """Each of them once: ``make mutants`` takes hours, and a place that has changed should not wait for it."""
+    lost = [m.name for m in MUTANTS if (ROOT / m.file).read_text().count(m.old) != 1]
+    assert not lost

@@ -49,7 +49,8 @@ MUTANTS = (
     ),
     Mutant(
         "the remainder goes to the last ranks", "fastpar/core/layout.py",
-        "(i < units % n)", "(i >= n - units % n)", layout("examples"),
+        "(held[rank] + parts[rank] + 1) / shares[rank], rank)", "(held[rank] + parts[rank] + 1) / shares[rank], -rank)",
+        layout("examples"),
     ),
     Mutant(
         "parts that adjoin are not joined", "passes/attention_ulysses.py",
@@ -295,8 +296,8 @@ MUTANTS = (
     # -- who sends what to whom
     Mutant(
         "boxes are received in another order than they are sent", "fastpar/ops/collectives.py",
-        "[n for p in peers for n in self.receive_boxes_from(p)]",
-        "[n for p in reversed(peers) for n in self.receive_boxes_from(p)]", layout("exchange"),
+        "return [n for p in range(len(self.group)) for n in self.receive_boxes_from(p)]",
+        "return [n for p in reversed(range(len(self.group))) for n in self.receive_boxes_from(p)]", layout("exchange"),
     ),
     Mutant(
         "every box from the start of what its owner holds", "fastpar/core/transfer.py",
@@ -313,7 +314,8 @@ MUTANTS = (
     ),
     Mutant(
         "rank 0's sizes for every rank", "passes/localise.py",
-        "self.localiser.call(node, self.rank)", "self.localiser.call(node, 0)",
+        "self.localiser = Localiser(mesh)",
+        "self.localiser = Localiser(mesh); one = self.localiser.call; self.localiser.call = lambda n, r: one(n, 0)",
         plan("joint attention, uneven, one text token"),
     ),
     # -- what is not sent, and what is predicted
@@ -367,7 +369,7 @@ MUTANTS = (
     ),
     Mutant(
         "hoist: what is free comes without what it needs", "passes/hoist.py",
-        "worth[node] >= 0 and all(m in chosen for m in needs.get(node, ()))", "worth[node] >= 0",
+        "worth[node] >= 0 and all(m in found for m in needs.get(node, ()))", "worth[node] >= 0",
         ("tests/test_hoist_pays.py", "-k", "costs_more or nothing_pays"),
     ),
     # -- what travels in 8 bits
@@ -413,7 +415,7 @@ MUTANTS = (
     ),
     Mutant(
         "even: what is whole does not fill up", "fastpar/rules/views.py",
-        "parts = filling_parts(size, held)", "parts = filling_parts(size, [0] * len(held))",
+        "filling_parts(size, mesh.shares(axes), held)", "filling_parts(size, mesh.shares(axes), [0] * len(held))",
         ("tests/test_candidates.py", "-k", "segments"),
     ),
     Mutant(

@@ -57,7 +57,7 @@ MUTANTS = (
     ),
     Mutant(
         "cache: the key leaves out what a program was made from", "backends/cache.py",
-        "hashlib.sha256(program.origin.encode())", "hashlib.sha256()", ("tests/test_cache.py", "-k", "key_sees"),
+        '{source_hash()} {program.origin} "', '{source_hash()} "', ("tests/test_cache.py", "-k", "key_sees"),
     ),
     Mutant(
         "auto: a schedule that is slower overturns the prediction", "fastpar/plan/planner.py",
