@@ -24,9 +24,11 @@ from torch import Tensor, nn
 
 from benchmarks.record import write
 from benchmarks.train_digits import digits
+from fastpar.backends.simulate import PerRank
+from fastpar.core.plan import Plan
 from fastpar.demo.model import load_digits
-from fastpar.demo.sampler import sample
-from fastpar.graph.capture import compile_fx
+from fastpar.demo.sampler import guided_inputs, initial_noise, sample, schedule_of
+from fastpar.graph.capture import capture, compile_fx
 from fastpar.graph.program import Program
 from fastpar.run.build import build
 from fastpar.run.compare import same_bits
@@ -46,6 +48,9 @@ PLANS = (
     "gather=4,displaced(warmup=4)",
     "gather=4,displaced(warmup=10)",
     "gather=4,displaced(warmup=4,gn=none)",
+    "gather=4,displaced(warmup=4),steps(1:1:1:2)",
+    "gather=4,displaced(warmup=4),steps(1:1:2:2)",
+    "gather=4,displaced(warmup=4),steps(2:2:2:2)",
     "naive=4",
 )
 BATCH = 128
@@ -122,13 +127,58 @@ def on_ranks(model: nn.Module, plan: str) -> tuple[nn.Module, Callable[[], None]
     return torch.compile(model, backend=backend, dynamic=False), restart  # type: ignore[return-value]
 
 
-def draw(model: nn.Module, count: int, seed: int, begin: Callable[[], None] = lambda: None) -> Tensor:
+def draw(sampler: Callable[[Tensor, int], Tensor], count: int, seed: int) -> Tensor:
     """``count`` digits 0, 1, ..., 9, 0, ...: every batch has a seed of its own, and is a sampling run."""
-    labels, images = torch.arange(count) % 10, []
-    for start in range(0, count, BATCH):
-        begin()
-        images.append(sample(model, labels[start : start + BATCH], seed=seed + start))
-    return torch.cat(images)
+    labels = torch.arange(count) % 10
+    starts = range(0, count, BATCH)
+    return torch.cat([sampler(labels[start : start + BATCH], seed + start) for start in starts])
+
+
+def sampler(model: nn.Module, plan: str) -> Callable[[Tensor, int], Tensor]:
+    """What samples ``(labels, seed)`` on the plan's virtual ranks."""
+    if Plan.parse(plan).steps:
+        return Apart(model, plan).sample
+    ranks, restart = on_ranks(model, plan)
+
+    def drawn(labels: Tensor, seed: int) -> Tensor:
+        restart()
+        return sample(ranks, labels, seed)
+
+    return drawn
+
+
+class Apart:
+    """``model`` on virtual ranks that step their own rows (``steps``), as ``fastpar.demo.sampler.sample`` does it."""
+
+    def __init__(self, model: nn.Module, plan: str) -> None:
+        self.model, self.plan = model, plan
+        self.stepping: dict[int, tuple[Stepping, Sequence[Any], list[str]]] = {}  # by batch
+
+    def _on_ranks(self, inputs: dict[str, Any], batch: int) -> tuple[Stepping, Sequence[Any], list[str]]:
+        if batch not in self.stepping:
+            [recorded] = capture(self.model, inputs).programs
+            names = [i.name if i.kind == "user" else "" for i in recorded.program.inputs]
+            self.stepping[batch] = Stepping(build(recorded.program, self.plan)), recorded.args, names
+        return self.stepping[batch]
+
+    @torch.no_grad()
+    def sample(self, labels: Tensor, seed: int, steps: int = 20, guidance: float = 2.0) -> Tensor:
+        schedule = schedule_of(steps)
+        noise = initial_noise(len(labels), seed)
+        stepping, args, names = self._on_ranks(guided_inputs(noise, schedule.timesteps[0], labels), len(labels))
+        stepping.restart()
+        views = [noise] * stepping.built.mesh.ranks
+        for i, now in enumerate(schedule.timesteps):
+            each = [guided_inputs(view, now, labels) for view in views]
+            given = [PerRank(tuple(one[name] for one in each)) if name else arg
+                     for name, arg in zip(names, args, strict=True)]  # fmt: skip
+            outs = [result[0].chunk(2) for result in stepping(given)]
+            views = [schedule.step(free + guidance * (asked - free), now, view).prev_sample
+                     for view, (asked, free) in zip(views, outs, strict=True)]  # fmt: skip
+            if stepping.ends_cycle or i == steps - 1:
+                views = stepping.gather(views)
+        assert all(same_bits(view, views[0]) for view in views), "ranks differ"
+        return views[0]
 
 
 def main() -> None:
@@ -141,7 +191,8 @@ def main() -> None:
     model, (classifier, accuracy) = load_digits(), train()
     real, _ = digits()
     labels = torch.arange(args.count) % 10
-    one = draw(model, args.count, 0)
+    alone: Callable[[Tensor, int], Tensor] = lambda labels, seed: sample(model, labels, seed)  # noqa: E731
+    one = draw(alone, args.count, 0)
     features = classifier.trunk(one)
 
     def row(name: str, images: Tensor, seconds: float, same_noise: bool = True) -> dict[str, Any]:
@@ -160,12 +211,11 @@ def main() -> None:
 
     about = {"images": args.count, "steps": 20, "guidance": 2.0, "classifier_accuracy": round(accuracy, 4)}
     begin = time.perf_counter()
-    other = draw(model, args.count, 10**6)
+    other = draw(alone, args.count, 10**6)
     rows = [row("one device", one, 0.0), row("one device, other noise", other, time.perf_counter() - begin, False)]
     for plan in args.plans:
         begin = time.perf_counter()
-        ranks, restart = on_ranks(model, plan)
-        images = draw(ranks, args.count, 0, restart)
+        images = draw(sampler(model, plan), args.count, 0)
         rows.append(row(plan, images, time.perf_counter() - begin))
         write(args.out, {**about, "plans": rows})  # what is there is kept, if the rest takes too long
 

@@ -35,6 +35,7 @@ from fastpar.run.hoisted import Again, artefact_of
 from fastpar.run.onesided import DISPLACED, one_sided
 from fastpar.run.origin import fields, origin
 from fastpar.run.stream import Dealt, ends_frame, frame_counter
+from fastpar.run.strided import groups_of, strided
 from fastpar.run.weights import Held, axes_held, is_shell, whole_examples
 
 log = logging.getLogger("fastpar")
@@ -94,7 +95,7 @@ def finish(program: Program, options: Options, group: Any, last: bool = False, h
     also = [*([dealt] if dealt else []), *axes_held(built.lowered), *([together] if together else [])]
     groups = process_groups(built.lowered.graph, built.mesh, group, also)
     if built.first is not None:
-        groups |= process_groups(built.first.lowered.graph, built.mesh, group)
+        groups |= process_groups(built.first.lowered.graph, built.mesh, group, groups_of(built))
     localise: Callable[[Built], Program] = lambda b: b.localise(rank, groups)  # noqa: E731
     compile = LOWERINGS[lowering]()
     if options.cudagraphs:
@@ -124,10 +125,12 @@ def finish(program: Program, options: Options, group: Any, last: bool = False, h
         runner = runner_of(built, local)
     else:
         first = localised(built.first)
-        specs = specs_of(first, local)
+        given_on = specs_of(first, local)
         steps = built.plan.displaced.warmup if built.plan.displaced else 1
         varying = local.gm.meta.get("varying")
-        runner = Displaced(runner_of(built.first, first), runner_of(built, local), program, specs, steps, varying)
+        turns = (runner_of(built.first, first), runner_of(built, local), program, given_on, steps, varying)
+        # a captured program takes copies of its inputs, which must be there
+        runner = strided(built, turns, rank, groups, options.cudagraphs) if built.plan.steps else Displaced(*turns)
     if hold:
         runner = Held(runner, (built.first or built).lowered, built.mesh, rank, groups)
     if dealt:

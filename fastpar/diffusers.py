@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import inspect
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,7 +15,7 @@ from fastpar.core.options import Options
 from fastpar.core.plan import Plan
 from fastpar.run.build import resolve
 from fastpar.run.groups import group_of, world
-from fastpar.run.stream import generation
+from fastpar.run.stream import Generation, generation
 
 
 def parallelize(pipe: Any, plan: str | Plan = "auto", *, decoder: str | Plan | None = None, **options: Any) -> Any:
@@ -22,6 +25,9 @@ def parallelize(pipe: Any, plan: str | Plan = "auto", *, decoder: str | Plan | N
     in place, with ``plan`` and the other ``options`` of the backend. ``decoder`` is a plan for ``vae.decode``
     (``gather=4``), which is left alone without one. Every rank calls the pipeline with the same arguments, a seeded
     ``generator`` among them.
+
+    Under a plan with ``steps`` the steps of the pipeline's schedulers also put together the latents, which ranks have
+    of their own rows, at the ends of cycles and of the run.
 
     Raises OptionError for a pipeline without such models or that was parallelized before, and what the backend raises
     for bad options, before anything is changed.
@@ -53,11 +59,46 @@ def parallelize(pipe: Any, plan: str | Plan = "auto", *, decoder: str | Plan | N
             part.decode = torch.compile(part.decode, backend="fastpar", options={**given, "plan": decoder})
     kind = type(pipe)
 
+    strides = bool(Options.from_user(given).plan.steps)
+
     @functools.wraps(kind.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with generation():
+        with generation() as run, _put_together(self, run) if strides else contextlib.nullcontext():
             return kind.__call__(self, *args, **kwargs)
 
     members = {"__call__": call, "__module__": kind.__module__, "__doc__": kind.__doc__, "_fastpar": True}
     pipe.__class__ = type(kind.__name__, (kind,), members)  # of the same name, under which it is saved
     return pipe
+
+
+@contextlib.contextmanager
+def _put_together(pipe: Any, run: Generation) -> Iterator[None]:
+    """While it is entered, what the schedulers of ``pipe`` step to is what all ranks have."""
+    from diffusers import SchedulerMixin
+
+    parts = pipe.components.values()
+    schedulers = [part for part in parts if isinstance(part, SchedulerMixin) and hasattr(part, "step")]
+    for scheduler in schedulers:
+        scheduler.step = _stepping(scheduler, run)
+    try:
+        yield
+    finally:
+        for scheduler in schedulers:
+            del scheduler.step
+
+
+def _stepping(scheduler: Any, run: Generation) -> Callable[..., Any]:
+    step = scheduler.step
+    signature = inspect.signature(step)
+
+    @functools.wraps(step)  # pipelines look at which arguments it takes
+    def stepped(*args: Any, **kwargs: Any) -> Any:
+        time = signature.bind(*args, **kwargs).arguments["timestep"]
+        out = step(*args, **kwargs)
+        last = bool(torch.as_tensor(time).flatten()[0] == scheduler.timesteps[-1].to(torch.as_tensor(time).device))
+        if isinstance(out, tuple):
+            return (run.gather(out[0], now=last), *out[1:])
+        out.prev_sample = run.gather(out.prev_sample, now=last)
+        return out
+
+    return stepped

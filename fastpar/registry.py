@@ -116,6 +116,12 @@ def _shard() -> type[Pass]:
     return Shard
 
 
+def _stride() -> type[Pass]:
+    from fastpar.passes.stride import Stride
+
+    return Stride
+
+
 PASSES: dict[str, Callable[[], type[Pass]]] = {
     "shard": _shard,
     "attention-gather": _attention_gather,
@@ -130,6 +136,7 @@ PASSES: dict[str, Callable[[], type[Pass]]] = {
     "split-weights": _split_weights,
     "hoist": _hoist,
     "displace": _displace,
+    "stride": _stride,
     "pack": _pack,
     "overlap": _overlap,
     "pin": _pin,

@@ -88,7 +88,7 @@ class _Found:
 
     def __init__(self, program: Program, mesh: Mesh, gn: str | None) -> None:
         self.graph, self.mesh, self.gn = program.graph, mesh, gn
-        self.shifted = _shifted(program.graph)
+        self.shifted = shifted(program.graph)
         self.waiting: dict[str, list[fx.Node]] = {}
         self.chosen: dict[fx.Node, None] = {}
         for value in _exchanged(program.graph, mesh):
@@ -118,11 +118,11 @@ class _Found:
                 return "maxima of two steps do not go together"
             if x in self.shifted:
                 return "its terms are scaled by a maximum, which is another one in the next step"
-            return "gn=sync" if self.gn == "sync" and _of_moments(x) is not None else None
+            return "gn=sync" if self.gn == "sync" and of_moments(x) is not None else None
         if exchange.meta.get("why") not in _CONTEXT:  # type: ignore[union-attr]
             return "it brings no rows of other patches, or an operator that needs all rows gathers them"
         src, dst = (layouts[index] for layouts in layouts_of(exchange))  # type: ignore[arg-type, index]
-        if any(_hands_over(src, dst, self.mesh, rank) for rank in range(self.mesh.ranks)):
+        if any(hands_over(src, dst, self.mesh, rank) for rank in range(self.mesh.ranks)):
             return "rows move on to other ranks, which work on them"
         return None
 
@@ -159,7 +159,7 @@ def _is_cut(layout: Any) -> bool:
     return any(isinstance(x, Layout) and AXIS in x.split_axes for x in layouts)
 
 
-def _hands_over(src: Layout, dst: Layout, mesh: Mesh, rank: int) -> bool:
+def hands_over(src: Layout, dst: Layout, mesh: Mesh, rank: int) -> bool:
     """Whether a rank is left without rows, in some dimension, that others have after the exchange."""
     for a, b in zip(src.dims, dst.dims, strict=True):
         left = np.setdiff1d(a.rows(mesh, rank), b.rows(mesh, rank)) if a != b else ()
@@ -168,7 +168,7 @@ def _hands_over(src: Layout, dst: Layout, mesh: Mesh, rank: int) -> bool:
     return False
 
 
-def _shifted(graph: fx.Graph) -> set[fx.Node]:
+def shifted(graph: fx.Graph) -> set[fx.Node]:
     """Values that were scaled by an extreme over ranks, up to the next product."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
@@ -180,14 +180,14 @@ def _shifted(graph: fx.Graph) -> set[fx.Node]:
     return found
 
 
-def _of_moments(x: fx.Node) -> fx.Node | None:
+def of_moments(x: fx.Node) -> fx.Node | None:
     """The ``moments`` that a sum over ranks is of, up to a factor."""
     while x.target in _SCALING and isinstance(x.args[0], fx.Node) and len(x.all_input_nodes) == 1:
         x = x.args[0]
     return x if x.target is moments else None
 
 
-def _own_shares(of: fx.Node, mesh: Mesh) -> list[float]:
+def own_shares(of: fx.Node, mesh: Mesh) -> list[float]:
     """For every rank, the share of the numbers behind ``moments`` that it has itself, of all that are added up."""
     layout: Layout = of.args[0].meta["layout"]  # type: ignore[union-attr]
     dims: Collection[int] = of.args[1]  # type: ignore[assignment]
@@ -234,11 +234,11 @@ class _Writer:
         self.kept.append(kept)
 
     def _sum(self, value: fx.Node, x: fx.Node) -> None:
-        of = _of_moments(x)
+        of = of_moments(x)
         how = "stale" if of is None else self.gn or "separate"
         factors = [1.0] * self.mesh.ranks
         if of is not None and how != "stale":
-            factors = [1 / s if s else 0.0 for s in _own_shares(of, self.mesh)]
+            factors = [1 / s if s else 0.0 for s in own_shares(of, self.mesh)]
         if how == "separate":
             if self.steady:
                 self._instead(value, self._after(value, value, share, x, factors))

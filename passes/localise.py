@@ -38,12 +38,16 @@ from fastpar.ops.collectives import (
     shapes_of,
     unpack,
 )
-from fastpar.ops.displaced import context, kept_apart, kept_shape
+from fastpar.ops.displaced import around, context, kept_apart, kept_shape, tiles_of
 from fastpar.ops.join import join, join_order
+from fastpar.ops.late import late, outgoing, side
 from fastpar.rules.localise import Localiser
 from fastpar.sharding.blockwise import blockwise
 
 _C10D = torch.ops._c10d_functional
+
+
+_EXCHANGES = (*COLLECTIVES, late)
 
 
 def group_name(axes: tuple[str, ...]) -> str:
@@ -81,7 +85,7 @@ class _Writer:
             handler = _HANDLERS.get(node.target) if node.op == "call_function" else None
             if handler is not None:
                 self.env[node] = handler(self, node)
-            elif node.op == "call_function" and node.target is getitem and node.args[0].target in COLLECTIVES:
+            elif node.op == "call_function" and node.target is getitem and node.args[0].target in _EXCHANGES:
                 self.env[node] = _Part(self.env[node.args[0]], node.args[1])
             elif node.op == "call_function":
                 target, args, kwargs = self.localiser.call(node, self.rank)
@@ -181,6 +185,14 @@ class _Writer:
         args = (buffer, len(exchange.group), self._group(exchange.axes))
         started = self._emit(node, _C10D.all_gather_into_tensor.default, args)
         return self._started(node, started, exchange, exchange.axes)
+
+    def outgoing(self, node: fx.Node) -> fx.Node:
+        return self._emit(node, pack, (self._map(node.args[0]), side(node, self.mesh, self.rank).send_boxes))
+
+    def late(self, node: fx.Node) -> _Started:
+        """An exchange that was started between the calls: the message is an input."""
+        exchange, came = side(node, self.mesh, self.rank), self._value(node.args[3])  # type: ignore[arg-type]
+        return _Late(self, node, came, exchange, f"message over {' and '.join(exchange.axes)}")
 
     def all_reduce(self, node: fx.Node) -> _Started:
         shapes = [layout.local_shape(self.mesh, self.rank) for layout in layouts_of(node)[1]]
@@ -306,6 +318,21 @@ class _Started:
         return [emit(aten.clone.default, x) if x in xs else x for x in exchange.results(xs, came, cut, cat, empty)]
 
 
+class _Late(_Started):
+    """An exchange whose message is an input: its parts are put straight around the rank's own rows."""
+
+    def finish(self) -> list[fx.Node]:
+        x = self.exchange
+        if self.parts is None and isinstance(x, Exchange) and not x.dtypes:  # of bytes, each part is unpacked first
+            values, layouts = self.node.meta["val"], self.node.meta["layout"]
+            self.parts = []
+            for i, own in enumerate(self.writer._map(self.node.args[0])):
+                part = self.writer._emit(self.node, around, (own, self.wait(), *tiles_of(x, i)))
+                part.meta |= {"val": values[i], "layout": layouts[i]}
+                self.parts.append(part)
+        return super().finish() if self.parts is None else self.parts
+
+
 @dataclass(frozen=True)
 class _Part:
     exchange: _Started
@@ -320,4 +347,6 @@ _HANDLERS: dict[Any, Any] = {
     all_to_all: _Writer.all_to_all,
     all_gather: _Writer.all_gather,
     all_reduce: _Writer.all_reduce,
+    outgoing: _Writer.outgoing,
+    late: _Writer.late,
 }

@@ -346,7 +346,7 @@ def test_a_bad_tensor_is_a_clear_error(text: str) -> None:
         (("verify", "models:tiny", *ULYSSES, "--topology", "l41-8"), "did you mean 'l40-8'"),
         (("verify", "models:tiny", "--plan", "ulises=2"), "did you mean 'ulysses'"),
         (("verify", "models:tiny", "--plan", "ulysses=2", "--ranks", "3"), "the mesh has 3"),
-        (("explain", "models:tiny", "--plan", "gather=2,displaced,steps(1:2)"), "not implemented yet"),
+        (("explain", "models:tiny", "--plan", "gather=2,steps(1:2)"), "'steps' needs 'displaced'"),
         (("explain", "models:tiny", *ULYSSES, "--passes", "shard,lower"), "disagree with plan"),
         (("explain", "models:tiny", *ULYSSES, "--dtype", "int"), "unknown dtype 'int'"),
         (("explain", "models:tiny", *ULYSSES, "--input", "y=1"), "unknown input of Tiny 'y'"),

@@ -39,6 +39,14 @@ def test_a_step_late_on_two_processes() -> None:
     assert all(1e-4 < off < 0.3 for off in found), found
 
 
+@pytest.mark.distributed
+def test_unequal_steps_on_two_processes() -> None:
+    """The second rank runs the model in every second step behind the first one; both draw the same."""
+    plan = "gather=2,displaced(warmup=1),steps(1:2)"
+    found = off_by(2, f"flux@{plan}", f"sd@{plan}", f"wan@{plan}")
+    assert all(1e-4 < off < 0.3 for off in found), found
+
+
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_more_plans_on_three_and_four_processes() -> None:
@@ -51,7 +59,7 @@ def test_more_plans_on_three_and_four_processes() -> None:
 
 @pytest.mark.parametrize(
     "plan, options, error, said",
-    [("gather=2,steps(1:2),displaced", {}, PlanError, "not implemented yet"),
+    [("gather=2,steps(1:2)", {}, PlanError, "'steps' needs 'displaced'"),
      ("ulysses=two", {}, FastparError, "ulysses"),
      ("ulysses=2", {"lowerings": "eager"}, OptionError, "unknown option 'lowerings'"),
      ("ulysses=2", {"decoder": "gather=2,gather=2"}, PlanError, "given twice")],

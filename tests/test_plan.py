@@ -99,12 +99,6 @@ def test_lossy_plans_say_why():
     assert "3 synchronous steps" in reasons[0] and "fp8(kv)" in reasons[1] and "steps(1:2)" in reasons[2]
 
 
-def test_unsupported_terms_are_named():
-    plan = Plan.parse("gather=2,cfg=2,displaced,fp8(k)")
-    assert plan.unsupported({"gather", "cfg"}) == ["displaced", "fp8"]
-    assert plan.unsupported(TERMS) == []
-
-
 def test_check_names_both_numbers_and_what_fits():
     with pytest.raises(PlanError) as caught:
         Plan.parse("ulysses=4,ring=3,fp8(q)").check(16)
@@ -153,6 +147,8 @@ def test_check_names_both_numbers_and_what_fits():
         ("gather=2,speeds(1:2:3)", "'speeds' has 3 entries but gather=2 splits over 2 ranks"),
         ("cfg=2,speeds(1:2)", "'speeds' needs a split of tokens or rows; add one of torus, ring, gather"),
         ("gather=2,steps(1:2)", "'steps' needs 'displaced'"),
+        ("gather=2,displaced(gn=sync),steps(1:2)", "waits for all ranks in every step"),
+        ("gather=2,displaced(gn=none),steps(1:2)", "sends nothing after the warm-up, exclude each other"),
         ("gather=2,displaced,steps(1:0.5)", "steps are whole numbers, 1 or more"),
     ],
 )

@@ -28,9 +28,12 @@ from fastpar.ops.collectives import (
     exchange_across,
     layouts_of,
     local,
+    pack_boxes,
+    put_together,
     reduce_terms,
 )
 from fastpar.ops.join import join, join_across
+from fastpar.ops.late import late, outgoing, side
 from fastpar.ops.redistribute import across, redistribute, take
 from fastpar.ops.ring import attention_lse, merge, redistribute_all
 from fastpar.rules.localise import Localiser
@@ -149,6 +152,16 @@ def _local(node: fx.Node, env: dict[fx.Node, list[Any]], mesh: Mesh) -> list[Any
     return list(exchange_across([env[node.args[0]]], [src], [dst], mesh)[0])  # type: ignore[index]
 
 
+def _outgoing(node: fx.Node, env: dict[fx.Node, list[Any]], mesh: Mesh) -> list[Any]:
+    xs = [env[x] for x in node.args[0]]  # type: ignore[union-attr]
+    return [pack_boxes([x[r] for x in xs], side(node, mesh, r).send_boxes) for r in range(mesh.ranks)]
+
+
+def _late(node: fx.Node, env: dict[fx.Node, list[Any]], mesh: Mesh) -> list[Any]:
+    xs, came = [env[x] for x in node.args[0]], env[node.args[3]]  # type: ignore[union-attr, index]
+    return [put_together(side(node, mesh, r), [x[r] for x in xs], came[r]) for r in range(mesh.ranks)]
+
+
 def _all_reduce(node: fx.Node, env: dict[fx.Node, list[Any]], mesh: Mesh) -> list[Any]:
     axes, op = axes_of(node, mesh), str(node.args[1])
     several = [env[x] for x in node.args[0]]  # type: ignore[union-attr]
@@ -169,6 +182,8 @@ _MEANING: dict[Any, Callable[..., list[Any]]] = {
     all_to_all: _exchange,
     all_gather: _exchange,
     all_reduce: _all_reduce,
+    outgoing: _outgoing,
+    late: _late,
 }
 
 
@@ -249,7 +264,24 @@ def with_carried(program: Program, args: Sequence[Any]) -> list[Any]:
     """The arguments with what a call with the same ones has kept, for a program that takes that."""
     if program.first is None or not any(i.kind == "carried" for i in program.inputs):
         return list(args)
-    return [*args, *carried(program.first, run_global(program.first, args))]
+    return [*args, *passed_on(program, run_global(program.first, args))]
+
+
+def passed_on(program: Program, results: Sequence[tuple[Any, ...]]) -> list[PerRank]:
+    """Of what every rank's first call gave what ``program`` takes: messages that were sent (pass ``stride``) as those
+    that came."""
+    assert program.first is not None
+    kept = carried(program.first, results)
+    mesh: Mesh = program.mesh
+    given = [n for n, i in zip(program.placeholders, program.inputs, strict=True) if i.kind == "carried"]
+    for node in program.graph.nodes:
+        if node.target is not late:
+            continue
+        i = given.index(node.args[3])
+        sides = [side(node, mesh, r) for r in range(mesh.ranks)]
+        sent = [kept[i].values[r].split(one.send_splits) for r, one in enumerate(sides)]
+        kept[i] = PerRank(tuple(torch.cat([sent[peer][one.me] for peer in one.group]) for one in sides))
+    return kept
 
 
 def _run_rank(program: Program, args: list[Any]) -> Generator[tuple[str, tuple[Any, ...]], Any, tuple[Any, ...]]:

@@ -3,13 +3,13 @@
 ``Plan.parse("ulysses=4,ring=2,fp8(qvo)")`` equals ``Plan(ulysses=4, ring=2, fp8="qvo")``, and ``str`` of
 either gives that text back. The order in which terms are written carries no meaning; the canonical text has
 the order of ``TERMS``. What a plan says is checked when it is made, so a ``Plan`` that exists is consistent;
-whether it fits a mesh is asked by ``check``, and which terms the compiler implements by ``unsupported``.
+whether it fits a mesh is asked by ``check``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -159,10 +159,6 @@ class Plan:
             f"plans that fit {world_size}: {' or '.join(map(repr, self._fitting(world_size)))}"
         )
 
-    def unsupported(self, implemented: Collection[str]) -> list[str]:
-        """Names of this plan's terms that are not in ``implemented``, in canonical order."""
-        return [name for name in self.names if name not in implemented]
-
     def _terms(self) -> Iterator[Term]:
         for name in self.names:
             value = getattr(self, name)
@@ -190,7 +186,10 @@ class Plan:
         if self.fp8:
             yield f"fp8({self.fp8}): tensors travel as e4m3 with per-row scales"
         if any(stride > 1 for stride in self.steps):
-            yield f"steps({':'.join(map(str, self.steps))}): after the warm-up ranks skip solver steps"
+            yield (
+                f"steps({':'.join(map(str, self.steps))}): after the warm-up a rank runs the model in one of so many "
+                "steps, and keeps its output for those between"
+            )
 
     def _fitting(self, world_size: int) -> list[str]:
         """Up to three plans of ``world_size`` ranks: this one with one degree changed, then plain ones."""
@@ -222,6 +221,10 @@ def _combine(plan: Plan) -> None:
         raise PlanError("'fp8' is how tensors travel, and nothing does; add a degree: 'ulysses=4,fp8(qvo)'")
     if plan.steps and not plan.displaced:
         raise PlanError("'steps' needs 'displaced': ranks with unequal strides have no fresh values")
+    if plan.steps and plan.displaced and plan.displaced.gn in ("sync", "none"):
+        reason = {"sync": "waits for all ranks in every step", "none": "sends nothing after the warm-up"}
+        raise PlanError(f"'steps' and displaced(gn={plan.displaced.gn}), which {reason[plan.displaced.gn]}, exclude "
+                        "each other; gn=corrected, gn=stale and gn=separate go with it")
     for name, row in (("speeds", plan.speeds), ("steps", plan.steps)):
         if not row:
             continue

@@ -34,6 +34,19 @@ def initial_noise(count: int, seed: int) -> Tensor:
     return torch.randn((count, *IMAGE_SHAPE), generator=torch.Generator().manual_seed(seed))
 
 
+def schedule_of(steps: int) -> Any:
+    """DDIM's, as the model was trained."""
+    schedule: Any = DDIMScheduler(
+        num_train_timesteps=1000,
+        beta_schedule="squaredcos_cap_v2",
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",  # the first step must see pure noise: it is all that the model gets
+        clip_sample=False,
+    )
+    schedule.set_timesteps(steps)
+    return schedule
+
+
 @torch.no_grad()
 def sample(
     model: torch.nn.Module,
@@ -57,14 +70,7 @@ def sample(
         raise ValueError(f"labels must be a list of digits 0..9, not {labels.tolist()}")
     if not 1 <= steps <= 1000:
         raise ValueError(f"steps must be in 1..1000, the model's training steps, not {steps}")
-    schedule: Any = DDIMScheduler(
-        num_train_timesteps=1000,
-        beta_schedule="squaredcos_cap_v2",
-        prediction_type="v_prediction",
-        timestep_spacing="trailing",  # the first step must see pure noise: it is all that the model gets
-        clip_sample=False,
-    )
-    schedule.set_timesteps(steps)
+    schedule = schedule_of(steps)
     images = initial_noise(len(labels), seed).to(weight)
     for i, time in enumerate(schedule.timesteps):
         (velocity,) = model(**guided_inputs(images, time, labels))

@@ -20,6 +20,7 @@ from fastpar.graph.program import Program, source_line, target_name
 from fastpar.ops.alone import alone
 from fastpar.ops.collectives import COLLECTIVES, all_reduce, local
 from fastpar.ops.join import join, join_order
+from fastpar.ops.late import late, outgoing
 from fastpar.ops.redistribute import redistribute
 from fastpar.ops.ring import redistribute_all
 from fastpar.rules import Call, rule_for
@@ -106,6 +107,11 @@ def _node(node: fx.Node, stage: str, mesh: Mesh) -> None:
                 _change(node, src, dst, x, out)
         else:
             _change(node, str(node.args[1]), str(node.args[2]), node.args[0], layout)
+    elif node.target in (outgoing, late):
+        xs, srcs, dsts = node.args[:3]
+        outs = layout if node.target is late else map(Layout.parse, dsts)  # type: ignore[arg-type]
+        for x, src, dst, out in zip(xs, srcs, dsts, outs, strict=True):  # type: ignore[arg-type]
+            _change(node, src, dst, x, out)
     elif getattr(node.target, "__name__", "") == "getitem":
         source: Any = node.args[0]
         if isinstance(value, torch.Tensor) and layout != source.meta["layout"][node.args[1]]:

@@ -1,7 +1,8 @@
 """What a program costs, read off its layouts: FLOPs, bytes and collectives.
 
 FLOPs use torch's own formulas (``torch.utils.flop_counter``) on every rank's local shapes.
-Bytes are the payload that leaves a rank for others; copies to itself do not count.
+Bytes are the payload that leaves a rank for others; copies to itself do not count. Of a rank that runs the model in one
+of several steps only (``Mesh.strides``), both are the mean over a sampler's steps.
 """
 
 from __future__ import annotations
@@ -22,8 +23,11 @@ from fastpar.core.mesh import Mesh
 from fastpar.core.transfer import elements_sent, transfer
 from fastpar.graph.program import Program, source_line
 from fastpar.ops.collectives import COLLECTIVES, all_reduce, axes_of, layouts_of
+from fastpar.ops.late import late
 from fastpar.rules import Call, rule_for
 from fastpar.sharding.candidates import Candidate
+
+EXCHANGES = (*COLLECTIVES, late)
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ def flops(program: Program) -> list[int]:
 
                 known[key].append(node_flops(node, local))
         totals = [a + b for a, b in zip(totals, known[key], strict=True)]
-    return totals
+    return [total // mesh.stride(rank) for rank, total in enumerate(totals)]
 
 
 def likeness(node: fx.Node) -> Hashable:
@@ -133,9 +137,14 @@ def bytes_per_rank(program: Program) -> list[int]:
 
 def node_bytes(node: fx.Node, mesh: Mesh) -> tuple[str, str, list[int]] | None:
     """(kind, mesh axes, bytes per rank) of one collective of a lowered program; None for other nodes."""
-    if node.target not in COLLECTIVES:
+    if node.target not in EXCHANGES:
         return None
     totals = [0] * mesh.ranks
+    if mesh.strides:
+        shares = [Fraction(0)] * mesh.ranks
+        for rank, peer, sent in messages(node, mesh):
+            shares[rank] += Fraction(sent) if peer != rank else 0
+        return "all_to_all", ".".join(axes_of(node, mesh)), [math.ceil(share) for share in shares]
     for x, src, dst in zip(node.args[0], *layouts_of(node), strict=True):  # type: ignore[arg-type]
         size = x.meta["val"].element_size()  # type: ignore[union-attr]
         totals = [t + e * size for t, e in zip(totals, elements_sent(src, dst, mesh), strict=True)]
@@ -175,12 +184,12 @@ def messages(node: fx.Node, mesh: Mesh) -> Iterator[tuple[int, int, float]]:
         for rank in range(mesh.ranks):
             if node.target is all_reduce:
                 group = mesh.group(rank, axes)
-                share = 2 * itemsize * _numel(dst, mesh, rank) / len(group)
+                share = 2 * itemsize * _numel(dst, mesh, rank) / len(group) / mesh.stride(rank)
                 yield from ((rank, peer, share) for peer in group)
             else:
                 t = transfer(src, dst, mesh, rank, axes)
                 for peer, elements in zip(t.group, t.send_splits, strict=True):
-                    yield rank, peer, float(itemsize * elements)
+                    yield rank, peer, itemsize * elements / mesh.meets(rank, peer)
 
 
 def _messages(program: Program, why: str | None = None) -> Iterator[tuple[int, int, float]]:
@@ -188,7 +197,7 @@ def _messages(program: Program, why: str | None = None) -> Iterator[tuple[int, i
     mesh: Mesh = program.mesh
     alike: dict[Hashable, list[fx.Node]] = {}
     for node in program.graph.nodes:
-        if node.target in COLLECTIVES and (why is None or node.meta.get("why") == why):
+        if node.target in EXCHANGES and (why is None or node.meta.get("why") == why):
             dtypes = tuple(x.meta["val"].dtype for x in node.args[0])
             key = (node.target, axes_of(node, mesh), *map(tuple, layouts_of(node)), dtypes)
             alike.setdefault(key, []).append(node)

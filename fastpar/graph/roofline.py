@@ -54,7 +54,7 @@ def is_view(node: fx.Node) -> bool:
 
 
 def seconds(program: Program) -> list[float]:
-    """Seconds of every rank (one entry where the program is still whole)."""
+    """Seconds of every rank (one entry where the program is still whole), the mean over a sampler's steps."""
     mesh: Mesh = program.mesh if program.stage != "captured" else Mesh()
     totals = [0.0] * mesh.ranks
     known: dict[Hashable, list[float]] = {}
@@ -65,7 +65,7 @@ def seconds(program: Program) -> list[float]:
         if key not in known:
             known[key] = [_seconds(node, mesh, rank) for rank in range(mesh.ranks)]
         totals = [a + b for a, b in zip(totals, known[key], strict=True)]
-    return totals
+    return [total / mesh.stride(rank) for rank, total in enumerate(totals)]
 
 
 def _seconds(node: fx.Node, mesh: Mesh, rank: int) -> float:

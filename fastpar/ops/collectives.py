@@ -266,7 +266,7 @@ class Exchange:
 
     ``keep``: where more than three quarters of the results are there already (rows, to which halos come), they stay
     out of the message. ``unpack`` then gives the boxes that came, and ``results`` puts them around what stays. Of less
-    it is cheaper to copy what stays along with the rest.
+    it is cheaper to copy what stays along with the rest. With ``apart`` what stays is never part of the message.
     """
 
     def __init__(
@@ -277,6 +277,7 @@ class Exchange:
         rank: int,
         dtypes: Sequence[torch.dtype] = (),
         keep: bool = False,
+        apart: bool = False,
     ) -> None:
         self.axes = exchanged_axes(srcs, dsts, mesh)
         self.sides: list[Transfer] = [
@@ -290,7 +291,7 @@ class Exchange:
         each = list(zip(self.sides, sizes, strict=True))
         self.send_splits = [sum(t.send_splits[p] * size for t, size in each) for p in peers]
         self.receive_splits = [sum(t.receive_splits[p] * size for t, size in each) for p in peers]
-        self.kept = keep and 4 * self.receive_splits[self.me] > 3 * sum(self.receive_splits)
+        self.kept = apart or (keep and 4 * self.receive_splits[self.me] > 3 * sum(self.receive_splits))
         self._held = [src.local_shape(mesh, rank) for src in srcs]
         if self.kept:
             self.send_splits[self.me] = self.receive_splits[self.me] = 0
@@ -377,9 +378,12 @@ def exchange_across(
     results = []
     for rank, side in enumerate(sides):
         me = side.group.index(rank)
-        buffer = torch.cat([sent[peer][me] for peer in side.group])
-        came = unpack_boxes(buffer, side.shapes, side.receive_boxes, side.dtypes)
-        mine = [x[rank] for x in xs]
-        cut: Callable[[torch.Tensor, Box], torch.Tensor] = lambda x, box: block(x, box.src, box.size)  # noqa: E731
-        results.append(side.results(mine, came, cut, torch.cat, torch.Tensor.new_empty))
+        results.append(put_together(side, [x[rank] for x in xs], torch.cat([sent[peer][me] for peer in side.group])))
     return [[results[rank][i] for rank in range(mesh.ranks)] for i in range(len(xs))]
+
+
+def put_together(side: Exchange, xs: Sequence[torch.Tensor], message: torch.Tensor) -> list[torch.Tensor]:
+    """A rank's values after an exchange: what stays of ``xs``, and the message that came for it."""
+    came = unpack_boxes(message, side.shapes, side.receive_boxes, side.dtypes)
+    cut: Callable[[torch.Tensor, Box], torch.Tensor] = lambda x, box: block(x, box.src, box.size)  # noqa: E731
+    return side.results(xs, came, cut, torch.cat, torch.Tensor.new_empty)

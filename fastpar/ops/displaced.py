@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 
@@ -33,7 +34,7 @@ _LIB.define("context(Tensor y, str src, str dst) -> Tensor", tags=_PT2)
 _LIB.define("displaced(Tensor x, Tensor old, str src, str dst) -> Tensor", tags=_PT2)
 _LIB.define("share(Tensor x, float[] factors) -> Tensor", tags=_PT2)
 _LIB.define("cut(Tensor y, int[] boxes) -> Tensor", tags=_PT2)
-_LIB.define("around(Tensor x, Tensor old, int[] shape, int[] own, int[] others, bool flat) -> Tensor", tags=_PT2)
+_LIB.define("around(Tensor x, Tensor old, int[] shape, int[] own, int[] others, int[] at) -> Tensor", tags=_PT2)
 _LIB.define("plausible(Tensor moments, Tensor own) -> Tensor", tags=_PT2)
 
 for _name in ("context", "displaced", "share"):
@@ -47,19 +48,18 @@ def _cut(y: torch.Tensor, boxes: Sequence[int]) -> torch.Tensor:
 
 
 def _around(
-    x: torch.Tensor, old: torch.Tensor, shape: Sequence[int], own: Sequence[int], others: Sequence[int], flat: bool
-) -> torch.Tensor:
+    x: torch.Tensor, old: torch.Tensor, shape: Sequence[int], own: Sequence[int], others: Sequence[int],
+    at: Sequence[int],
+) -> torch.Tensor:  # fmt: skip
+    """``at``: where in the message ``old`` the others' boxes begin; none where it is the whole value."""
     n = len(shape)
     tiles = []
     for i in range(0, len(own), 3 * n):
         source, place, size = (tuple(own[i + k * n : i + (k + 1) * n]) for k in range(3))
         tiles.append((place, size, block(x, source, size)))
-    at = 0
-    for _, place, size in decode(others):
-        count = math.prod(size)
-        piece = old.narrow(0, at, count).view(size) if flat else block(old, place, size)
+    for i, (_, place, size) in enumerate(decode(others)):
+        piece = old.narrow(0, at[i], math.prod(size)).view(size) if at else block(old, place, size)
         tiles.append((place, size, piece))
-        at += count
     if not tiles:
         return x.new_empty(tuple(shape))
     out = assemble(tiles, torch.cat)
@@ -101,9 +101,18 @@ def cut_boxes(exchange: Exchange) -> list[int]:
     return encode(exchange.came, "dst")
 
 
-def tiles(src: Layout, dst: Layout, mesh: Mesh, rank: int) -> tuple[list[int], list[int], list[int], bool]:
-    """(shape, own, others, flat) of ``around`` on ``rank``."""
+def tiles(src: Layout, dst: Layout, mesh: Mesh, rank: int) -> tuple[list[int], list[int], list[int], list[int]]:
+    """(shape, own, others, at) of ``around`` on ``rank``."""
     exchange = Exchange([src], [dst], mesh, rank, keep=True)
-    side = exchange.sides[0]
+    found = tiles_of(exchange, 0)
+    return found if exchange.kept else (*found[:3], [])
+
+
+def tiles_of(exchange: Exchange, index: int) -> tuple[list[int], list[int], list[int], list[int]]:
+    """(shape, own, others, at) of ``around`` for a value of an exchange whose message has come."""
+    side = exchange.sides[index]
     own = [n for box in side.receives[side.me] for part in (box.src, box.dst, box.size) for n in part]
-    return list(side.shape), own, cut_boxes(exchange), exchange.kept
+    ends = list(accumulate(box.numel for _, box in exchange.came))
+    mine = [(box, end - box.numel) for (i, box), end in zip(exchange.came, ends, strict=True) if i == index]
+    others = [n for box, _ in mine for n in encode([(0, box)], "dst")]
+    return list(side.shape), own, others, [at for _, at in mine]

@@ -77,15 +77,16 @@ def play(
     return Engine(calls, [level.reached for level in topology.levels], factors, jitter, seed, keep).run()
 
 
-def call(programs: Sequence[Program], topology: Topology) -> Call:
-    """What the ranks do in one call of their localised programs, with seconds and loads. Errors as for ``run``."""
-    mesh: Mesh = programs[0].mesh
+def call(programs: Sequence[Program | None], topology: Topology) -> Call:
+    """What the ranks do in one call of their localised programs, with seconds and loads; None for a rank that has
+    nothing to do in it. Errors as for ``run``."""
+    mesh: Mesh = next(p.mesh for p in programs if p is not None)
     topology.check(mesh.ranks)
-    starts = [[n for n in p.graph.nodes if n.target in _STARTS] for p in programs]
-    if len({len(s) for s in starts}) > 1:
-        raise CheckError(f"ranks start different numbers of exchanges: {[len(s) for s in starts]}")
+    starts = {r: [n for n in p.graph.nodes if n.target in _STARTS] for r, p in enumerate(programs) if p is not None}
+    if len({len(s) for s in starts.values()}) > 1:
+        raise CheckError(f"ranks start different numbers of exchanges: {[len(s) for s in starts.values()]}")
     loads = _loads(starts, mesh, topology)
-    return [_script(p, rank, mesh, topology.device, loads) for rank, p in enumerate(programs)]
+    return [_script(p, rank, mesh, topology.device, loads) if p is not None else () for rank, p in enumerate(programs)]
 
 
 def _script(program: Program, rank: int, mesh: Mesh, device: Device, loads: Sequence[Mapping[int, Load]]) -> Script:
@@ -116,7 +117,8 @@ def _script(program: Program, rank: int, mesh: Mesh, device: Device, loads: Sequ
             group = mesh.group(rank, tuple(axes.split(".")))
             script.append(Start(k, group, axes, loads[k][rank], name, source(node), _sent(node, group, rank)))
         elif node.target is _C10D.wait_tensor.default:
-            script.append(Wait(number[node.args[0]], source(node)))  # type: ignore[index]
+            if node.args[0] in number:  # else it came before the call
+                script.append(Wait(number[node.args[0]], source(node)))  # type: ignore[index]
         elif length := took(node):
             script.append(Op(length, str(node.target).removesuffix(".default"), source(node)))
     return script
@@ -178,16 +180,16 @@ def _itemsize(node: fx.Node) -> int:
     return 1 if len(dtypes) > 1 else _itemsizes(node)[0]
 
 
-def _loads(starts: Sequence[Sequence[fx.Node]], mesh: Mesh, topology: Topology) -> list[dict[int, Load]]:
+def _loads(starts: Mapping[int, Sequence[fx.Node]], mesh: Mesh, topology: Topology) -> list[dict[int, Load]]:
     """By rank, what every exchange of its group takes of the links; those alike are looked at once."""
     known: dict[Any, dict[int, Load]] = {}
     out = []
-    for several in zip(*starts, strict=True):
+    for several in zip(*starts.values(), strict=True):
         key = tuple((n.target, _itemsize(n), str(n.args[1:]), _given(n)) for n in several)
         if key not in known:
-            src, dst, size = _messages(several, mesh)
+            src, dst, size = _messages(dict(zip(starts, several, strict=True)), mesh)
             known[key] = {}
-            for rank, node in enumerate(several):
+            for rank, node in zip(starts, several, strict=True):
                 if rank not in known[key]:
                     group = mesh.group(rank, tuple(str(node.args[-1]).split(".")))
                     own = np.isin(src, group)
@@ -210,9 +212,9 @@ def _given(node: fx.Node) -> int:
     return 0 if node.target is _C10D.all_to_all_single.default else _packed(node.args[0])  # type: ignore[arg-type]
 
 
-def _messages(several: Sequence[fx.Node], mesh: Mesh) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _messages(several: Mapping[int, fx.Node], mesh: Mesh) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     src, dst, size = [], [], []
-    for rank, node in enumerate(several):
+    for rank, node in several.items():
         group = mesh.group(rank, tuple(str(node.args[-1]).split(".")))
         if node.target is _C10D.all_to_all_single.default:
             for i, peer in enumerate(group):

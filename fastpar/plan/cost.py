@@ -37,6 +37,7 @@ ELEMENTS: dict[str, Any] = {
     "keys and values round machines' rings": 2 * K / (r * u * m) * (r - M),
     "sums over ranks": 2 * S * (t - 1) / t,
     "sums of which ranks keep rows": S * (t - 1) / t,
+    "terms of sums": S * (t - 1),
     "halos": R / t,
     "outputs": E * (N - 1) / N,
 }

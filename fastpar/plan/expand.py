@@ -13,10 +13,8 @@ from fastpar.core.mesh import Mesh
 from fastpar.core.plan import FP8_LETTERS, FP8_MEANING, TOKEN_AXES, Plan
 from fastpar.passes.displace import Displace
 from fastpar.passes.quantize import Quantize
+from fastpar.passes.stride import Stride
 from fastpar.sharding.candidates import is_attention
-
-IMPLEMENTED = ("ulysses", "ring", "torus", "gather", "cfg", "tp", "naive", "displaced", "fp8", "speeds", "auto")
-"""Plan terms that the compiler runs today; others are a clear error."""
 
 
 def pipeline_text(plan: Plan, schedule: bool = True) -> str:
@@ -24,11 +22,6 @@ def pipeline_text(plan: Plan, schedule: bool = True) -> str:
 
     Without ``schedule``, up to the program whose collectives stand where they are needed.
     """
-    missing = plan.unsupported(IMPLEMENTED)
-    if missing:
-        raise PlanError(
-            f"plan {str(plan)!r}: {', '.join(missing)} is not implemented yet; implemented are {', '.join(IMPLEMENTED)}"
-        )
     steps = ["shard"]
     if plan.naive:
         steps.append("naive")
@@ -46,9 +39,12 @@ def pipeline_text(plan: Plan, schedule: bool = True) -> str:
         steps.append(Quantize(plan.fp8).spec())
     steps.append("lower")
     if not plan.naive:  # whose ranks never talk
-        steps += ["arrange", "split-weights"]
+        # columns of shared products depend on the step, and with strides ranks are at different ones
+        steps += ["arrange"] if plan.steps else ["arrange", "split-weights"]
     steps.append("hoist")
-    if plan.displaced:
+    if plan.displaced and plan.steps:
+        steps += ["pack", Stride(plan.displaced.gn).spec()]  # type: ignore[arg-type]  # the plan has looked at it
+    elif plan.displaced:
         gn = None if plan.displaced.gn == "none" else plan.displaced.gn
         steps.append(Displace(gn).spec())  # type: ignore[arg-type]  # the plan has looked at it
     return ",".join([*steps, *(["overlap", "pin"] if schedule else [])])
@@ -88,11 +84,13 @@ def mesh_for(plan: Plan, graph: fx.Graph, order: Sequence[str] = ()) -> Mesh:
 
 
 def with_speeds(plan: Plan, mesh: Mesh) -> Mesh:
-    """The plan's mesh with the plan's speeds, of which there is one per rank of the token split, for every rank."""
-    if not plan.speeds:
+    """The plan's mesh with the plan's speeds and strides, of which there is one per rank of the token split."""
+    if not plan.speeds and not plan.steps:
         return mesh
     tokens = tuple(name for name in mesh.names if axis_of(name) in TOKEN_AXES)
-    return replace(mesh, speeds=tuple(plan.speeds[mesh.coordinate(rank, tokens)] for rank in range(mesh.ranks)))
+    places = [mesh.coordinate(rank, tokens) for rank in range(mesh.ranks)]
+    speeds = tuple(plan.speeds[place] for place in places) if plan.speeds else ()
+    return replace(mesh, speeds=speeds, strides=tuple(plan.steps[place] for place in places) if plan.steps else ())
 
 
 def axis_of(name: str) -> str:

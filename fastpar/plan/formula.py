@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import getitem
 
 import numpy as np
@@ -21,8 +21,10 @@ from torch import fx
 from fastpar.core.layout import Layout
 from fastpar.core.mesh import Mesh
 from fastpar.core.plan import Plan
+from fastpar.graph.count import EXCHANGES
 from fastpar.graph.program import Program
-from fastpar.ops.collectives import COLLECTIVES, all_reduce
+from fastpar.ops.collectives import all_reduce
+from fastpar.ops.late import late
 from fastpar.ops.ring import attention_lse
 from fastpar.ops.terms import terms
 from fastpar.plan import cost
@@ -35,7 +37,7 @@ def dealt_bytes(program: Program, degree: int) -> int:
 
 
 def _results(program: Program) -> list[torch.Tensor]:
-    values = [o.meta["val"] for o in program.outputs if isinstance(o, fx.Node) and o.op != "placeholder"]
+    values = [o.meta["val"] for o in program.results if isinstance(o, fx.Node) and o.op != "placeholder"]
     return [v for v in values if isinstance(v, torch.Tensor)]
 
 
@@ -126,7 +128,7 @@ def volume(sharded: Program, plan: Plan, mesh: Mesh) -> Volume:
     out.text += "".join(f", plus {name} {cost.text(name)}" for name in dict.fromkeys(names))
     out.text += f", rows {most:.4g} times for the fastest rank's share" if mesh.speeds else ""
     rows = tuple(a for a in mesh.names if a not in (dealt, "tp"))
-    for node in set(sharded.graph.output_node().all_input_nodes):
+    for node in {n for n in sharded.results if isinstance(n, fx.Node)}:
         value = node.meta["val"]
         if n > 1 and _from_output(node) and isinstance(value, torch.Tensor):
             kinds[(("E", value.numel()), ("N", n), ("itemsize", value.element_size()))] += 1
@@ -136,6 +138,9 @@ def volume(sharded: Program, plan: Plan, mesh: Mesh) -> Volume:
     if dealt:
         out.flows.append(Flow(dealt_bytes(sharded, deal) / deal, (dealt,)))
         out.collectives += len(_results(sharded))
+    if mesh.strides:
+        out.flows = [replace(flow, bytes=flow.bytes * mesh.met(flow.axes)) for flow in out.flows]
+        out.text += ", each between two ranks in one of as many steps as their strides both divide"
     out.values = [{"count": count, **dict(kind)} for kind, count in kinds.items()]
     return out
 
@@ -153,7 +158,7 @@ def _sums_cut(node: fx.Node) -> bool:
 
 def _further(node: fx.Node, mesh: Mesh) -> tuple[str, dict[str, int], tuple[str, ...]] | None:
     """(entry of ``cost.ELEMENTS``, its symbols, axes) for what an exchange gives: a sum over rows, or windows."""
-    if node.target is not getitem or node.args[0].target not in COLLECTIVES:  # type: ignore[union-attr]
+    if node.target is not getitem or node.args[0].target not in EXCHANGES:  # type: ignore[union-attr]
         return None
     source: fx.Node = node.args[0]  # type: ignore[assignment]
     x: fx.Node = source.args[0][node.args[1]]  # type: ignore[index,assignment]
@@ -163,6 +168,9 @@ def _further(node: fx.Node, mesh: Mesh) -> tuple[str, dict[str, int], tuple[str,
         axes = tuple(str(source.args[2]).split("."))
         local = size // mesh.size(mesh.ordered(layout.split_axes))
         return None if axes == ("tp",) else ("sums over ranks", dict(S=local, t=mesh.size(axes)), axes)
+    if x.target is terms and source.target is late:
+        axes = mesh.ordered(x.meta["layout"].dims[0].axes)
+        return "terms of sums", dict(S=size // mesh.size(axes), t=mesh.size(axes)), axes
     if x.target is terms:
         axes = mesh.ordered(x.meta["layout"].dims[0].axes)
         return "sums of which ranks keep rows", dict(S=size // mesh.size(axes), t=mesh.size(axes)), axes

@@ -47,23 +47,26 @@ def generation(
     keep: int = 2,
     waiting: Sequence[Program] = (),
     warmup: int = 0,
+    rounds: Sequence[Sequence[Program | None]] = (),
 ) -> Generation:
     """``steps`` steps of a sampler that calls N localised programs ``streams`` times in each (2 where guidance is a
     call of its own): every stream's first call runs the prologue, which ``hoist`` has marked, and the step, later
     calls the step; all check what the prologue read. Ranks meet at exchanges only, not between calls. The sampler's
     own work is not counted. Events of the first ``keep`` steps are kept; other arguments and errors as for
-    ``clock.run``. Of a displaced plan the first ``warmup`` steps run the programs that are ``waiting``.
+    ``clock.run``. Of a displaced plan the first ``warmup`` steps run the programs that are ``waiting``. Where ranks
+    have strides, ``rounds`` are the programs of each step of a cycle, which take turns behind it.
     """
     for name, value in (("steps", steps), ("streams", streams)):
         if value < 1:
             raise OptionError(f"{name} is a whole number above 0, not {value!r}")
     mesh: Mesh = programs[0].mesh
+    rounds = rounds or [programs]
     calls: list[Call] = []
     ends: list[int] = []  # of each step, the number of its last call
     begins = {0, warmup} if waiting else {0}  # each kind of program has a prologue of its own
-    kinds = [_calls(waiting or programs, topology), _calls(programs, topology)]
+    waits, *turns = [_calls(kind, topology) for kind in (waiting or programs, *rounds)]
     for number in range(steps):
-        first, later = kinds[number >= warmup]
+        first, later = waits if number < warmup else turns[(number - warmup) % len(turns)]
         calls += (first if number in begins else later) * streams
         ends.append(len(calls) - 1)
     kept = ends[min(keep, steps) - 1] + 1 if keep > 0 else 0
@@ -72,15 +75,18 @@ def generation(
     return Generation(line.seconds, tuple(b - a for a, b in zip([0.0, *done], done, strict=False)), line)
 
 
-def _calls(programs: Sequence[Program], topology: Topology) -> tuple[list[Call], list[Call]]:
-    """What a stream's first step runs, and what later ones do."""
-    parts = [p for p in map(split, programs) if p is not None]
-    if not parts:
+def _calls(programs: Sequence[Program | None], topology: Topology) -> tuple[list[Call], list[Call]]:
+    """What a stream's first step runs, and what later ones do. Ranks without a program have nothing to do."""
+    there = [p for p in programs if p is not None]
+    if not there:
+        return [], []
+    parts = [split(p) if p is not None else None for p in programs]
+    if not any(parts):
         step = [call(programs, topology)]
         return step, step
-    mesh: Mesh = programs[0].mesh
-    check = [[Op(_checked(p, r, mesh, topology.device), "check")] for r, p in enumerate(parts)]
-    once, after = call([p.prologue for p in parts], topology), call([p.step for p in parts], topology)
+    mesh: Mesh = there[0].mesh
+    check = [[Op(_checked(p, r, mesh, topology.device), "check")] if p else () for r, p in enumerate(parts)]
+    once, after = (call([getattr(p, name) if p else None for p in parts], topology) for name in ("prologue", "step"))
     return [check, once, after], [check, after]
 
 

@@ -120,20 +120,24 @@ def _predict(
     uneven = 1.0 if plan.speeds else math.ceil(work.rows / tokens) * tokens / work.rows
     # what a rank has of a call's rows, and how fast it is: ranks alike are looked at once
     parts = with_speeds(plan, place.mesh).shares(place.mesh.names)
-    paces = {(uneven * float(x) * deal, topology.speed(rank)) for rank, x in enumerate(parts)}
-    compute = max(_computing(work, plan, device, part, lowering) / speed for part, speed in paces)
+    mesh = with_speeds(plan, place.mesh)
+    # of a rank that runs one of several steps, the mean over all of them
+    paces = {(uneven * float(x) * deal, topology.speed(rank) * mesh.stride(rank)) for rank, x in enumerate(parts)}
+    compute = max(_computing(work, plan, device, part, lowering) / pace for part, pace in paces)
     communication = exposed = sent = buffers = 0.0
     collectives = 0
+    met = mesh.met(("gather",)) if plan.steps else 1.0  # of a step's exchanges, in the mean
     for attention in work.attentions:
         if attention.split and tokens > 1:
             compute += attention.count * _converting(attention, plan, split) / (device.bandwidth * device.streaming)
             part = _talk(attention, plan, place, split, device.flops * device.attends(attention.width))
-            communication += part[0] * attention.count
+            communication += part[0] * attention.count * met
             exposed += 0.0 if plan.displaced else part[1] * attention.count
-            sent += part[2] * attention.count
+            sent += part[2] * attention.count * met
             collectives += part[3] * attention.count
             # keys and values of all attentions are kept from step to step (DistriFusion), or one at a time is there
-            buffers = buffers + part[4] * attention.count if plan.displaced else max(buffers, part[4])
+            kept = attention.count * (2 if plan.steps else 1)  # the message that came, and the own one
+            buffers = buffers + part[4] * kept if plan.displaced else max(buffers, part[4])
     if plan.displaced:  # a whole step hides it, whichever attention it is for
         exposed += max(0.0, communication - compute)
     if plan.tp and plan.tp > 1:  # Megatron-LM, section 3: one sum behind each attention, one behind its MLP

@@ -22,7 +22,7 @@ from fastpar.passes.hold import Hold
 from fastpar.passes.localise import Localise
 from fastpar.passes.overlap import Overlap
 from fastpar.plan.durations import durations
-from fastpar.plan.expand import IMPLEMENTED, mesh_for, pipeline_text
+from fastpar.plan.expand import mesh_for, pipeline_text
 from fastpar.plan.planner import Choice, choose
 from fastpar.plan.predict import USABLE, predict
 from fastpar.plan.topology import Topology, detect, load
@@ -72,18 +72,13 @@ class Built:
 
 
 def resolve(plan: Plan | str, ranks: int | None = None) -> Plan:
-    """A plan whose degrees multiply to ``ranks``, all of whose terms are implemented.
+    """A plan whose degrees multiply to ``ranks``.
 
-    Raises PlanError where it is not, or where ``auto`` does not know how many ranks there are.
+    Raises PlanError where they do not, or where ``auto`` does not know how many ranks there are.
     """
     plan = Plan.parse(plan) if isinstance(plan, str) else plan
     if plan.auto and ranks is None:
         raise PlanError("plan 'auto' needs the number of ranks: give ranks=N, or degrees as in 'ulysses=4'")
-    missing = plan.unsupported(IMPLEMENTED)
-    if missing:
-        raise PlanError(
-            f"plan {str(plan)!r}: {', '.join(missing)} not implemented yet; implemented: {', '.join(IMPLEMENTED)}"
-        )
     if ranks is not None:
         plan.check(ranks)
     return plan
@@ -185,7 +180,8 @@ def build(
     built = Built(program, lowered, mesh, plan, pipeline, notes, seconds, order, choice)
     if lowered.first is not None:
         names = [p.name for p in pipeline.passes]
-        rest = Pipeline(pipeline.passes[names.index("displace") + 1 :])
+        took = next(i for i, name in enumerate(names) if name in ("displace", "stride"))
+        rest = Pipeline(pipeline.passes[took + 1 :])
         first = rest.run(lowered.first.copy(), PassContext(mesh=mesh, plan=plan, costs=costs))
         if verify_structure:
             check(first)

@@ -33,11 +33,13 @@ log = logging.getLogger("fastpar")
 
 
 @dataclass
-class _Kept:
+class Kept:
     """Of one stream: how many calls there were, and what the last of them has kept."""
 
     calls: int = 0
     values: Sequence[torch.Tensor] | None = None
+    came: Sequence[torch.Tensor] = ()
+    outputs: Sequence[Any] = ()
 
 
 class _Run:
@@ -99,16 +101,22 @@ class Displaced:
             return self.first(args)[: self.results]
         kept = self._kept(generation, args)
         values, kept.values = kept.values, None  # nothing is carried over a call that fails
+        outputs = self._turn(generation, kept, values, args)
+        kept.calls += 1
+        return outputs
+
+    def _turn(
+        self, generation: Generation, kept: Kept, values: Sequence[torch.Tensor] | None, args: list[Any]
+    ) -> Sequence[Any]:
         steady = values is not None and kept.calls >= self.warmup
         outputs = self.steady([*args, *values]) if steady else self.first(args)  # type: ignore[misc]
         came = outputs[self.results :]
         kept.values = values if steady and not came else [
-            _as_promised(value, spec) for value, spec in zip(came, self.specs, strict=True)
+            as_promised(value, spec) for value, spec in zip(came, self.specs, strict=True)
         ]  # fmt: skip
-        kept.calls += 1
         return outputs[: self.results]
 
-    def _kept(self, generation: Generation, args: list[Any]) -> _Kept:
+    def _kept(self, generation: Generation, args: list[Any]) -> Kept:
         run = generation.kept(self, _Run)
         inputs = [args[i] for i in self.stable]
         place = run.place_of(None if self.sample is None else args[self.sample], generation.calls_per_step)
@@ -125,20 +133,21 @@ class Displaced:
                 inputs = [args[i] for i in self.stable]
             stream = Stream(inputs, {}, None)
             run.streams.add(stream, inputs)
-        kept: _Kept = stream.values.setdefault(place, _Kept())
+        kept: Kept = stream.values.setdefault(place, Kept())
         return kept
 
 
 def specs_of(first: Program, steady: Program) -> tuple[StateSpec, ...]:
     """What the localised program ``steady`` is given of what ``first`` keeps, which is noted at its inputs."""
     nodes = [n for n, i in zip(steady.placeholders, steady.inputs, strict=True) if i.kind == "carried"]
-    values = fake_outputs(first)[len(first.results) :]
+    values = [n.meta["val"] if n.meta.get("came") else value  # first has what was sent in its place
+              for n, value in zip(nodes, fake_outputs(first)[len(first.results) :], strict=True)]  # fmt: skip
     for node, value in zip(nodes, values, strict=True):
         node.meta["val"] = value
     return tuple(StateSpec(n.name, tuple(v.shape), v.stride(), v.dtype) for n, v in zip(nodes, values, strict=True))
 
 
-def _as_promised(value: torch.Tensor, spec: StateSpec) -> torch.Tensor:
+def as_promised(value: torch.Tensor, spec: StateSpec) -> torch.Tensor:
     """In the memory order that was compiled for; what collectives give late is waited for."""
     if value.stride() == spec.stride or value.numel() == 0:
         return value

@@ -11,6 +11,7 @@ from fastpar.graph import roofline
 from fastpar.graph.count import Collective, attainable, bytes_crossing, bytes_per_rank, collectives, flops, node_flops
 from fastpar.graph.program import Program, source_line, target_name
 from fastpar.graph.prologue import apart, checked, split
+from fastpar.ops.late import outgoing
 from fastpar.passes.localise import given_shape
 from fastpar.plan import clock
 from fastpar.plan.formula import Volume, dealt_bytes, volume
@@ -19,6 +20,7 @@ from fastpar.plan.predict import predict
 from fastpar.plan.topology import Topology
 from fastpar.plan.workload import workload
 from fastpar.run.build import Built
+from fastpar.run.meeting import rounds
 from fastpar.run.report import ExposedRow, FallbackReport, Hoisted, LinkRow, OrderRow, PlanRow, Replicated, Report
 from fastpar.sharding.candidates import find, find_batch
 
@@ -42,8 +44,10 @@ def explained(built: Built, play: Play = Play()) -> Report:  # noqa: B008  (froz
     tp = built.plan.tp or 1
     cut = built.lowered.gm.meta.get("cut", ())
     candidates = find(built.captured.graph) + ([batch] if batch else [])
-    # the largest share of the rows that a rank has: an N-th, or what its speed gives it
-    most = max(built.mesh.shares(tuple(a for a in built.mesh.names if a not in (built.dealt, "tp"))))
+    # the largest share of the rows that a rank has (an N-th, or what its speed gives it) in the mean of all steps
+    axes = tuple(a for a in built.mesh.names if a not in (built.dealt, "tp"))
+    shares = built.mesh.shares(axes)
+    most = max(shares[built.mesh.coordinate(rank, axes)] / built.mesh.stride(rank) for rank in range(ranks))
     left = attainable(built.captured, candidates, 1 / most, cut, tp)
     times, whole = roofline.seconds(built.lowered), roofline.seconds(built.captured)[0]
     form = volume(built.lowered, built.plan, built.mesh)
@@ -82,6 +86,10 @@ def carried_bytes(program: Program) -> int:
         if given.kind == "carried":
             for rank in range(mesh.ranks):
                 totals[rank] += roofline.node_bytes(node, given_shape(node, mesh, rank))
+    for node in program.graph.nodes:
+        if node.target is outgoing:  # what a rank sends when it next runs the model
+            for rank in range(mesh.ranks):
+                totals[rank] += roofline.node_bytes(node, roofline.local_shape(node, mesh, rank))
     return max(totals)
 
 
@@ -135,14 +143,15 @@ def _timed(built: Built, form: Volume, play: Play) -> dict[str, Any]:
                            f"of {built.lowered.num_nodes:,} operators")  # fmt: skip
     else:
         programs = [built.localise(r) for r in range(built.mesh.ranks)]
-        line = clock.run(programs, box)
-        predicted = {k: getattr(line, k) / deal for k in parts}
+        turns = rounds(built, programs) if built.plan.steps else [programs]
+        line = clock.play([clock.call(turn, box) for turn in turns if any(turn)], built.mesh, box)
+        predicted = {k: getattr(line, k) / deal / len(turns) for k in parts}
         if play.steps is not None:
             displaced = built.plan.displaced
             waiting = [built.first.localise(r) for r in range(built.mesh.ranks)] if built.first is not None else ()
             warmup = max(1, displaced.warmup) if displaced is not None else 0
             streams = math.ceil(play.streams / deal)
-            run = generation(programs, box, play.steps, streams, waiting=waiting, warmup=warmup)
+            run = generation(programs, box, play.steps, streams, waiting=waiting, warmup=warmup, rounds=turns)
             line, whole = run.timeline, {k: getattr(run, k) for k in ("seconds", "first", "step")}
             whole |= {"steps": play.steps, "streams": play.streams}
     rows = [

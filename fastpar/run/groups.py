@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import fx
 
 from fastpar.core.errors import CaptureError, PlanError
-from fastpar.core.mesh import Mesh
+from fastpar.core.mesh import Mesh, is_some
 from fastpar.ops.collectives import COLLECTIVES, axes_of
 
 _made: dict[tuple[Any, ...], Any] = {}
@@ -81,8 +81,12 @@ def process_groups(
         if len(members) == len(ranks):
             names[axes] = group.group_name
             continue
-        key = (group.group_name, tuple(ranks[m] for m in members))
+        # of some of an axis's ranks: the others make one as well, each of itself alone, for torch names a group by how
+        # many there are on a rank
+        few = tuple(a for a in axes if is_some(a))
+        key = (group.group_name, tuple(ranks[m] for m in members), few)
         if key not in _made or _made[key] not in dist.distributed_c10d._world.pg_map:  # a new world, of the same name
-            _made[key] = dist.new_group([ranks[m] for m in members], use_local_synchronization=True)
+            mine = members if me in members else (me,)
+            _made[key] = dist.new_group([ranks[m] for m in mine], use_local_synchronization=True)
         names[axes] = _made[key].group_name
     return names

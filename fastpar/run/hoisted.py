@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fastpar.core.errors import FastparError
 from fastpar.graph.program import Program, draws
 from fastpar.graph.prologue import Parts, apart, checked, local_values, split
 from fastpar.ops.checksum import checksums
@@ -82,8 +83,10 @@ class _Hoisted:
 
     def __call__(self, artefact: Artefact, args: list[Any]) -> Sequence[Any]:
         step, inputs = artefact.programs["step"], [args[i] for i in self.reads]
-        streams = current_generation().kept(self, Streams)
-        sums = artefact.programs["check"](list(inputs))[0] if inputs else None
+        generation = current_generation()
+        streams = generation.kept(self, Streams)
+        # in a step that other ranks do not run nothing is compared: ranks could not agree on what to do again
+        sums = artefact.programs["check"](list(inputs))[0] if inputs and not generation.alone else None
         stream = streams.find(inputs)
         if stream is not None and stream.values is not None:
             answer = _Answer(sums, stream.sums, self.sums_of, self.agreeing)
@@ -92,6 +95,9 @@ class _Hoisted:
             if outputs is not None and not new:
                 streams.came()
                 return outputs
+        elif generation.alone:
+            raise FastparError("what is computed once per sampling run is gone in the middle of it; begin another with "
+                               "fastpar.generation()")  # fmt: skip
         else:
             new = streams.unknown(inputs)
         values = self._kept(artefact, inputs)

@@ -25,14 +25,14 @@ import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Sequence
 from contextvars import ContextVar, Token
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch._guards import CompileContext
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
-from fastpar.core.errors import OptionError
+from fastpar.core.errors import FastparError, OptionError
 from fastpar.graph.program import Program
 from fastpar.run.artefact import Runner
 
@@ -43,6 +43,12 @@ STREAMS = 4
 """Streams that one generation keeps for one graph; the one that was not used for longest makes room."""
 PATIENCE = 2 * STREAMS
 """An input that was another one in so many calls in a row, none of which could use what was kept, varies."""
+
+
+class Gathers(Protocol):
+    """Puts together of all ranks what each has of its own (``fastpar.run.strided``)."""
+
+    def gather(self, latents: torch.Tensor) -> torch.Tensor: ...
 
 
 class Generation:
@@ -56,6 +62,9 @@ class Generation:
         self.calls: dict[Any, int] = defaultdict(int)  # per frame that Dynamo compiles
         self._kept: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
         self._entered: list[Token[Generation]] = []
+        self._rows: Gathers | None = None  # of latents, since ranks had the same ones
+        self._due = False  # whether all ranks have come to the same step
+        self.alone = False  # whether this call is one that other ranks do not run
 
     def kept(self, owner: object, make: Callable[[], T]) -> T:
         """What is kept here for one compiled graph, at first what ``make`` gives; it goes when either goes."""
@@ -64,12 +73,39 @@ class Generation:
         found: T = self._kept[owner]
         return found
 
+    def gather(self, latents: torch.Tensor, now: bool = False) -> torch.Tensor:
+        """The latents that a step has led to, as all ranks are to have them.
+
+        Under a plan with ``steps`` each rank steps its own rows. At the end of every cycle, when all have come to the
+        same step, they are put together here; ``now`` does it at any step, and is needed after the last one. Otherwise,
+        and under any other plan, ``latents`` are returned as they are. Call it on every rank, after every step::
+
+            for i, t in enumerate(times):
+                latents = run.gather(step(model(latents, t, prompt), latents), now=i == len(times) - 1)
+
+        Raises PlanError for latents that have not the rows of the model's output.
+        """
+        if self._rows is None or not (now or self._due):
+            return latents
+        rows, self._rows = self._rows, None
+        return rows.gather(latents)
+
+    def stepped(self, rows: Gathers, due: bool) -> None:
+        """Ranks have gone other steps. ``due``: a cycle ends here, which is when their latents are put together."""
+        self._rows, self._due = rows, due
+
     def __enter__(self) -> Generation:
         self._entered.append(_current.set(self))
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: Any = None, *error: object) -> None:
         _current.reset(self._entered.pop())
+        if kind is None and self._rows is not None and not self._entered:
+            raise FastparError(
+                "the sampling run ended with other latents on every rank: under a plan with 'steps', call "
+                "gather(latents, now=True) of the generation after the last step, or give the pipeline to "
+                "fastpar.parallelize()"
+            )
 
 
 OUTSIDE = Generation()

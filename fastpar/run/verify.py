@@ -18,7 +18,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from fastpar.backends.onesided.rewrite import of_all, planned, rewrite, said
-from fastpar.backends.simulate import carried, run_calls, run_local
+from fastpar.backends.simulate import run_calls, run_local
 from fastpar.core.errors import FastparError, OptionError
 from fastpar.core.options import TRANSPORTS
 from fastpar.core.plan import Plan
@@ -36,6 +36,7 @@ from fastpar.run.compare import (
 )
 from fastpar.run.diverge import first_difference
 from fastpar.run.explained import Play, explained, joined
+from fastpar.run.meeting import cycle
 from fastpar.run.onesided import DISPLACED
 from fastpar.run.report import Report
 from fastpar.run.rounded import rounded, rounds
@@ -234,6 +235,7 @@ class _Simulated:
     results: list[tuple[Any, ...]]
     bounded: bool
     name: str = ""
+    alike: bool = True  # whether ranks are to have the same bits
 
 
 def _held(
@@ -245,7 +247,7 @@ def _held(
     where = f"output {i}{run.name}"
     tolerance = bound if run.bounded else math.inf
     for rank, result in enumerate(run.results):
-        if not same_bits(result[i], run.results[0][i]):
+        if run.alike and not same_bits(result[i], run.results[0][i]):
             report.ok = False
             report.notes.append(f"{where}: rank {rank} has other bits than rank 0")
         absolute, relative = difference(result[i], reference)
@@ -291,10 +293,15 @@ def _simulated(built: Built, args: list[Any], transport: str) -> list[_Simulated
     """What a call gives; of a displaced plan the first call of a sampling run, and another with the same inputs."""
     bounded = not built.plan.naive  # its difference is reported, there is nothing to hold it against
     if built.first is not None:
-        first, steady = _localised(built.first), _localised(built)
-        before = run_local(first, args)
-        after = run_local(steady, [*args, *carried(first[0], before)])
-        return [_Simulated(before, True), _Simulated(after, settles(built), " of the second call")]
+        stepping = Stepping(built)
+        for programs in (stepping.first, stepping.steady):
+            check_order(programs)
+        stepping.warmup, alike = 1, not built.plan.steps
+        # with strides, what one cycle does, and the next one with what ranks had of each other in it
+        later = 1 + cycle(built.plan.steps) if built.plan.steps else 1
+        runs = [_Simulated(stepping(args), True)]
+        names = ["of the second call", *(f"of call {i + 3}" for i in range(later))]
+        return runs + [_Simulated(stepping(args), settles(built), f" {names[i]}", alike) for i in range(later)]
     programs = _localised(built)
     if transport == "two-sided":
         return [_Simulated(run_local(programs, args), bounded)]

@@ -9,8 +9,8 @@ TESTS, TURNS = "tests/test_displaced.py", "tests/test_displaced_turns.py"
 MUTANTS = (
     Mutant(
         "corrected norms count the own change once", "passes/displace.py",
-        "factors = [1 / s if s else 0.0 for s in _own_shares(of, self.mesh)]",
-        "factors = [1.0 for s in _own_shares(of, self.mesh)]", (TESTS, "-k", "as_by_hand and corrected"),
+        "factors = [1 / s if s else 0.0 for s in own_shares(of, self.mesh)]",
+        "factors = [1.0 for s in own_shares(of, self.mesh)]", (TESTS, "-k", "as_by_hand and corrected"),
     ),
     Mutant(
         "patches are taken to be equal", "passes/displace.py",
@@ -69,6 +69,6 @@ MUTANTS = (
     ),
     Mutant(
         "the clock knows no warm-up", "fastpar/plan/generation.py",
-        "first, later = kinds[number >= warmup]", "first, later = kinds[1]", (TESTS, "-k", "on_the_clock"),
+        "waits if number < warmup else turns", "turns[0] if number < warmup else turns", (TESTS, "-k", "on_the_clock"),
     ),
 )

@@ -32,7 +32,7 @@ MUTANTS = (
     ),
     Mutant(
         "predictions take all devices to be alike", "fastpar/plan/predict.py",
-        "(uneven * float(x) * deal, topology.speed(rank))", "(uneven * float(x) * deal, 1.0)",
+        "(uneven * float(x) * deal, topology.speed(rank) *", "(uneven * float(x) * deal, 1.0 *",
         (TESTS, "-k", "what_the_speeds_allow"),
     ),
     Mutant(
