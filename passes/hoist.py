@@ -99,14 +99,15 @@ def guess(program: Program) -> tuple[str, ...]:
              if i.kind == "user"]  # fmt: skip
     small = [name for name, v in users if not isinstance(v, torch.Tensor) or v.numel() <= batch]
     large = {name: tuple(v.shape) for name, v in users if name not in small}
-    samples = [name for name, shape in large.items() if any(_like(shape, s) for s in shapes)]
+    samples = [name for name, shape in large.items() if any(like(shape, s) for s in shapes)]
     if large and not samples:
         samples = [max(large, key=lambda name: math.prod(large[name]))]
     return tuple(dict.fromkeys([*samples, *small]))
 
 
-def _like(shape: tuple[int, ...], other: tuple[int, ...]) -> bool:
-    """Equal shapes but for one dimension that can be channels: the last, or any after the batch of an image."""
+def like(shape: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    """Whether an input of one shape is a sample beside an output of the other: equal shapes but for one dimension that
+    can be channels, the last, or any after the batch of an image."""
     if len(shape) != len(other):
         return False
     apart = [d for d, (a, b) in enumerate(zip(shape, other, strict=True)) if a != b]

@@ -3,29 +3,18 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from benchmarks.gpu.part import Unavailable
+from fastpar.run import timing
+from fastpar.run.timing import counted, seconds
+
+__all__ = ["Run", "counted", "extras", "launches", "memory", "on_device", "paired", "seconds"]
 
 Run = Callable[[], Any]
-
-
-def seconds(run: Run, device: torch.device) -> float:
-    """One call, from before it on the host until the device has nothing left to do."""
-    _idle(device)
-    begin = time.perf_counter()
-    run()
-    _idle(device)
-    return time.perf_counter() - begin
-
-
-def _idle(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def paired(runs: Mapping[str, Run], device: torch.device, rounds: int = 7, warm: int = 2) -> dict[str, dict[str, Any]]:
@@ -76,36 +65,10 @@ def on_device(run: Run, device: torch.device, calls: int = 20, rounds: int = 5) 
 
 
 def launches(run: Run, device: torch.device) -> dict[str, int]:
-    """Of one call: ``launches`` by the host (a graph is one), ``kernels`` on the device, ``copies``; those that
-    emulate links (``emulated``) are in none of these."""
+    """``fastpar.run.timing.launches``, where they can be counted."""
     if device.type != "cuda":
         raise Unavailable("counting launches needs a CUDA device")
-    from torch.profiler import ProfilerActivity, profile
-
-    run()
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
-        run()
-        torch.cuda.synchronize()
-    return counted([(e.name, e.device_type == torch.autograd.DeviceType.CUDA) for e in found.events()])
-
-
-SPINS = ("mark_kernel", "spin_kernel")
-HOST = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch", "cudaMemcpyAsync", "cudaMemsetAsync")
-
-
-def counted(events: list[tuple[str, bool]]) -> dict[str, int]:
-    """``launches`` of a profile's events: (name, whether it ran on the device)."""
-    there = [name for name, on in events if on]
-    spins = sum(name.startswith(SPINS) for name in there)
-    copies = sum(name.startswith(("Memcpy", "Memset")) for name in there)
-    host = sum(name.startswith(HOST) for name, on in events if not on)
-    return {
-        "launches": max(host - spins, 0) if not any(n.startswith("cudaGraphLaunch") for n, _ in events) else host,
-        "kernels": len(there) - spins - copies,
-        "copies": copies,
-        "emulated": spins,
-    }
+    return timing.launches(run, device)
 
 
 def memory(run: Run, device: torch.device) -> dict[str, float]:

@@ -9,6 +9,7 @@ import typer
 from fastpar.cli.demo import demo
 from fastpar.cli.explain import explain
 from fastpar.cli.opt import opt
+from fastpar.cli.run import run
 from fastpar.cli.verify import verify
 from fastpar.core.version import VERSION
 
@@ -31,5 +32,5 @@ def fastpar(
     """One device's diffusion model as the program of one rank of N, proved equal."""
 
 
-for verb in (demo, verify, explain, opt):
+for verb in (demo, verify, explain, opt, run):
     app.command()(verb)

@@ -80,4 +80,19 @@ TraceFile = Annotated[
 PictureFile = Annotated[
     Path | None, typer.Option("--picture", help="The same as a picture (.png).")
 ]
+Processes = Annotated[
+    int | None,
+    typer.Option("--ranks", min=1, help="Processes to start; by default as many as the plan's degrees, or torchrun's."),
+]
+OnDevice = Annotated[
+    str | None,
+    typer.Option("--device", help="cuda (NCCL, a GPU per process) or cpu (gloo). Default: cuda where there is one.",
+                 show_default=False),
+]  # fmt: skip
+Lowering = Annotated[
+    str | None,
+    typer.Option("--lowering", help="inductor or eager. Default: inductor on a GPU, eager on the CPU.",
+                 show_default=False),
+]  # fmt: skip
+Cudagraphs = Annotated[bool, typer.Option("--cudagraphs", help="Capture each program as one CUDA graph.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]

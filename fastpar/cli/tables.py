@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -18,6 +19,7 @@ from fastpar.cli.timelines import sampling
 from fastpar.core.errors import OptionError
 
 if TYPE_CHECKING:
+    from fastpar.cli.calling import Ran
     from fastpar.run.each import Proof
     from fastpar.run.report import Report
 
@@ -33,7 +35,13 @@ def console() -> Console:
     return found if found.is_terminal else Console(highlight=False, width=PIPED_WIDTH)
 
 
-def write_json(report: Report, path: Path) -> None:
+class Written(Protocol):
+    """What has a form in plain values."""
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+
+def write_json(report: Written, path: Path) -> None:
     """``report`` as JSON in ``path``, on standard output for ``-``. Numbers that JSON lacks become text."""
     text = json.dumps(_plain(report.to_dict()), indent=2)
     if str(path) == "-":
@@ -113,6 +121,42 @@ def show_report(report: Report) -> None:
     if report.seconds:
         took = ", ".join(f"{name} {seconds:.2f}" for name, seconds in report.seconds.items())
         out.print(f"seconds: {took}; {sum(report.seconds.values()):.2f} in all")
+
+
+def show_run(ran: Ran) -> None:
+    """What the processes of ``run`` did, a line per fact."""
+    out = console()
+    out.print(Text("ok" if ran.ok else "FAILED", style="bold green" if ran.ok else "bold red"))
+    table = _facts()
+    table.add_row("plan", Text(ran.plan))
+    table.add_row("ranks", f"{ran.ranks} processes, {ran.backend} on {ran.device}, lowering {ran.lowering}")
+    first, *later = ran.seconds
+    table.add_row("first call", f"{first:.3g} s, compiling")
+    if later:
+        said = f"{statistics.median(later):.3g} s in the median of {len(later)}, {min(later):.3g} at the least"
+        table.add_row("later ones", said)
+    others = ", ".join(map(str, ran.differ))
+    same = "on all ranks, in every call"
+    if ran.differ:
+        same = f"NO: rank{'s' * (len(ran.differ) > 1)} {others} and rank 0 differ"
+    table.add_row("same bits", same)
+    table.add_row("error", Text(_distance(ran)))
+    table.add_row("memory", f"{_size(ran.peak_bytes)} at the most on a rank"
+                  f"{', with all that Python and torch take' if ran.device == 'cpu' else ''}")  # fmt: skip
+    for message in [*([ran.shared] if ran.shared else []), *ran.messages]:
+        table.add_row("note", Text(message))
+    out.print(table)
+
+
+def _distance(ran: Ran) -> str:
+    """How far a run is from eager, and from where it may be."""
+    if ran.held is None:
+        return "not checked"
+    held = ran.held
+    said = f"{held.error:.1e} relative to eager in {held.dtype}"
+    if ran.lossy:
+        return f"{said}; lossy, as asked"
+    return f"{said}; {held.exact:.1e} to float64, where eager has {held.eager:.1e} and {held.allowed:.1e} is allowed"
 
 
 def show_times(rows: Sequence[tuple[str, float, str, int]]) -> None:

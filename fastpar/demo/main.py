@@ -16,12 +16,12 @@ from rich.text import Text
 
 from fastpar.core.errors import FastparError
 from fastpar.core.plan import Plan
-from fastpar.demo.launch import launch
 from fastpar.demo.model import load_digits
 from fastpar.demo.picture import write_grid
 from fastpar.demo.plans import available_plans
 from fastpar.demo.sampler import guided_inputs, initial_noise
-from fastpar.demo.worker import Job
+from fastpar.demo.worker import Job, work
+from fastpar.run.launch import launch
 
 TOLERANCE = 1e-4
 """Largest difference, in float32 and after all steps, that counts as the same image. Pixels span -1..1."""
@@ -97,7 +97,7 @@ def run_demo(
     ``plans`` are plan texts (default: :func:`fastpar.demo.plans.available_plans`), each one's degrees
     multiplying to ``ranks``. The picture ``out`` has a row for one process and one per plan.
 
-    Raises ``FastparError`` for a plan that cannot run and ``DemoError``, a kind of it, where a process
+    Raises ``FastparError`` for a plan that cannot run and ``LaunchError``, a kind of it, where a process
     fails; ``ValueError`` for ranks, steps or digits out of range. A difference is no exception: see ``ok``.
     """
     if ranks < 1:
@@ -107,7 +107,7 @@ def run_demo(
     # Before the launch: a plan that cannot run then fails at once, with one message instead of one per rank.
     with console.status("planning"):
         explained = [_explained(text, ranks, digits, _explain) for text in texts]
-    alone, *outcomes = launch(Job(texts, tuple(digits), steps, SEED, _backend), ranks)
+    alone, *outcomes = launch(work, Job(texts, tuple(digits), steps, SEED, _backend), ranks)
     results = tuple(
         PlanResult(
             plan=text,

@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import TypeVar
 
 import numpy as np
@@ -20,9 +19,7 @@ from torch import Tensor
 import fastpar
 from fastpar.demo.model import load_digits
 from fastpar.demo.sampler import guided_inputs, initial_noise, sample
-
-# A rank that hangs must end the demo with an error and not stay for gloo's half hour.
-TIMEOUT = timedelta(minutes=5)
+from fastpar.run.launch import joined
 
 T = TypeVar("T")
 
@@ -60,13 +57,9 @@ def work(job: Job) -> list[Outcome] | None:
     Only rank 0 returns it. Any exception ends the process, and with it the launch.
     """
     torch.set_num_threads(1)  # the ranks share one machine's cores
-    dist.init_process_group("gloo", timeout=TIMEOUT)
-    try:
+    with joined():
         outcomes = _outcomes(job)
-        dist.barrier()  # no rank may leave while another still reads from it
         return outcomes if dist.get_rank() == 0 else None
-    finally:
-        dist.destroy_process_group()
 
 
 def _outcomes(job: Job) -> list[Outcome]:
