@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from fastpar.cli.demo import demo
+from fastpar.cli.doctor import doctor
 from fastpar.cli.explain import explain
 from fastpar.cli.opt import opt
 from fastpar.cli.run import run
@@ -32,5 +33,5 @@ def fastpar(
     """One device's diffusion model as the program of one rank of N, proved equal."""
 
 
-for verb in (demo, verify, explain, opt, run):
+for verb in (demo, verify, explain, opt, run, doctor):
     app.command()(verb)

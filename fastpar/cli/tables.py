@@ -20,6 +20,7 @@ from fastpar.core.errors import OptionError
 
 if TYPE_CHECKING:
     from fastpar.cli.calling import Ran
+    from fastpar.cli.health.fact import Fact
     from fastpar.run.each import Proof
     from fastpar.run.report import Report
 
@@ -157,6 +158,18 @@ def _distance(ran: Ran) -> str:
     if ran.lossy:
         return f"{said}; lossy, as asked"
     return f"{said}; {held.exact:.1e} to float64, where eager has {held.eager:.1e} and {held.allowed:.1e} is allowed"
+
+
+def show_facts(facts: Sequence[Fact]) -> None:
+    """What ``doctor`` found, a line per fact."""
+    table = _table("", "", "found", "what to do")
+    styles = {"ok": "green", "warning": "yellow", "failed": "bold red"}
+    for fact in facts:
+        table.add_row(fact.name, Text(fact.status, style=styles[fact.status]), Text(fact.found), Text(fact.advice))
+    out = console()
+    out.print(table)
+    counts = {status: sum(fact.status == status for fact in facts) for status in styles}
+    out.print("; ".join(f"{n} {status}" for status, n in counts.items() if n))
 
 
 def show_times(rows: Sequence[tuple[str, float, str, int]]) -> None:

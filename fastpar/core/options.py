@@ -182,6 +182,8 @@ ENVIRONMENT: Mapping[str, str] = MappingProxyType(
     {"plan": "FASTPAR_PLAN", "dump": "FASTPAR_DUMP", "verify": "FASTPAR_VERIFY"}
 )
 """Option -> the environment variable that stands in for it."""
+VARIABLES = (*ENVIRONMENT.values(), _TIMEOUT)
+"""Environment variables that are read; no other begins with ``FASTPAR_``."""
 _FROM_TEXT: Mapping[str, Callable[[str], Any]] = MappingProxyType(
     {"plan": _plan, "dump": _path, "verify": _flag}
 )
