@@ -10,6 +10,7 @@ from fastpar.cli.demo import demo
 from fastpar.cli.doctor import doctor
 from fastpar.cli.explain import explain
 from fastpar.cli.opt import opt
+from fastpar.cli.report import report
 from fastpar.cli.run import run
 from fastpar.cli.verify import verify
 from fastpar.core.version import VERSION
@@ -33,5 +34,5 @@ def fastpar(
     """One device's diffusion model as the program of one rank of N, proved equal."""
 
 
-for verb in (demo, verify, explain, opt, run, doctor):
+for verb in (demo, verify, explain, opt, run, report, doctor):
     app.command()(verb)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -15,8 +15,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fastpar.cli.timelines import sampling
 from fastpar.core.errors import OptionError
+from fastpar.report import sections
+from fastpar.report.sections import Section
+from fastpar.report.words import size
 
 if TYPE_CHECKING:
     from fastpar.cli.calling import Ran
@@ -68,13 +70,8 @@ def show_verdict(report: Report) -> None:
     out = console()
     out.print(Text("ok" if report.ok else "FAILED", style="bold green" if report.ok else "bold red"))
     table = _facts()
-    _what(table, report)
-    table.add_row(
-        "error", f"{report.max_rel_err:.1e} relative, {report.max_abs_err:.1e} absolute: the worst output of any rank"
-    )
-    table.add_row("tolerance", f"{report.tolerance:.1e} relative")
-    if report.diverged_at:
-        table.add_row("diverged at", Text(report.diverged_at))
+    for name, said in [*sections.what(report), *sections.verdict(report)]:
+        table.add_row(name, Text(said))
     for note in report.notes:
         table.add_row("note", Text(note))
     out.print(table)
@@ -84,44 +81,30 @@ def show_report(report: Report) -> None:
     """What ``explain`` found: a head of facts, then a table for each list that is not empty."""
     out = console()
     head = _facts()
-    _what(head, report)
-    ranks = report.ranks
-    head.add_row(
-        "FLOPs",
-        f"{report.flops_share:.4f} of one device's on the busiest rank (1/{ranks} is {1 / ranks:.4f}, attainable "
-        f"{report.attainable_share:.4f})",
-    )
-    head.add_row("time", f"{report.time_share:.4f} of one device's, computing only, on a roofline")
-    head.add_row("bytes", f"{report.bytes_per_rank:,} ({_size(report.bytes_per_rank)}) leave the busiest rank per call")
-    against = f", {report.bytes_per_rank / report.bytes_formula:.3f} times" if report.bytes_formula else ""
-    head.add_row("formula", f"{report.bytes_formula:,}{against}: {report.formula}")
-    for values in report.symbols:
-        head.add_row("", _legend(values))
-    if report.hoisted.values:
-        head.add_row("hoisted", _once(report))
-    if report.carried_bytes:
-        head.add_row("carried", f"{report.carried_bytes:,} bytes of the others' activations, from step to step")
-    if report.predicted:
-        p = {name: 1e3 * value for name, value in report.predicted.items()}
-        head.add_row(
-            "predicted",
-            f"{_ms(p['seconds'])} ms per call on {report.topology}: {_ms(p['compute'])} computing, "
-            f"{_ms(p['communication'])} communicating, of which {_ms(p['exposed'])} exposed",
-        )
-    if report.generation:
-        head.add_row("generation", sampling(report.generation))
+    for name, said in [*sections.what(report), *sections.facts(report)]:
+        head.add_row(name, Text(said))
     out.print(head)
-    _plans(out, report)
-    _links(out, report)
-    _orders(out, report)
-    _collectives(out, report)
-    _replicated(out, report)
-    _fallbacks(out, report)
+    for section in sections.sections(report):
+        _section(out, section)
     for note in report.notes:
         out.print(Text(f"note: {note}"))
     if report.seconds:
-        took = ", ".join(f"{name} {seconds:.2f}" for name, seconds in report.seconds.items())
-        out.print(f"seconds: {took}; {sum(report.seconds.values()):.2f} in all")
+        out.print(sections.took(report))
+
+
+def _section(out: Console, section: Section) -> None:
+    if not section.headings:
+        out.print(Text(section.title))
+        return
+    table = _table(*section.headings, title=section.title)
+    rows = section.rows[:MOST] if section.long else section.rows
+    for row in rows:
+        table.add_row(*map(Text, row))
+    out.print(table)
+    if len(rows) < len(section.rows):
+        out.print(f"and {len(section.rows) - len(rows)} more, which --json has")
+    for said in section.below:
+        out.print(Text(said))
 
 
 def show_run(ran: Ran) -> None:
@@ -142,7 +125,7 @@ def show_run(ran: Ran) -> None:
         same = f"NO: rank{'s' * (len(ran.differ) > 1)} {others} and rank 0 differ"
     table.add_row("same bits", same)
     table.add_row("error", Text(_distance(ran)))
-    table.add_row("memory", f"{_size(ran.peak_bytes)} at the most on a rank"
+    table.add_row("memory", f"{size(ran.peak_bytes)} at the most on a rank"
                   f"{', with all that Python and torch take' if ran.device == 'cpu' else ''}")  # fmt: skip
     for message in [*([ran.shared] if ran.shared else []), *ran.messages]:
         table.add_row("note", Text(message))
@@ -209,12 +192,6 @@ def _facts() -> Table:
     return table
 
 
-def _what(table: Table, report: Report) -> None:
-    table.add_row("plan", Text(report.plan))
-    table.add_row("pipeline", Text(report.pipeline))
-    table.add_row("ranks", f"{report.ranks}, {report.graphs} graph{'s' * (report.graphs > 1)}")
-
-
 def _table(*headings: str, title: str = "") -> Table:
     """Columns by heading; one that ends in > is of numbers."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False, title=title or None, title_justify="left", title_style="bold")
@@ -223,136 +200,3 @@ def _table(*headings: str, title: str = "") -> Table:
         table.add_column(heading.removesuffix(">"), justify="right" if right else "left", overflow="fold",
                          no_wrap=right)  # fmt: skip
     return table
-
-
-def _once(report: Report) -> str:
-    """What is done once per generation and stream, and what a later call is left with."""
-    once = report.hoisted
-    return (
-        f"once per generation: {once.flops_share:.4f} of one device's FLOPs, {once.bytes:,} bytes, {once.collectives} "
-        f"collectives; then {report.step_flops_share:.4f}, {report.step_bytes_per_rank:,}, {report.step_collectives}. "
-        f"{once.values} values are kept ({once.kept_bytes:,} bytes), {once.checked_bytes:,} bytes checked per call"
-        f"{f' and {once.agreements} all-reduces of the answer' if once.agreements else ''}; "
-        f"changing from call to call: {', '.join(once.varying)}"
-    )
-
-
-def _plans(out: Console, report: Report) -> None:
-    if not report.plans:
-        return
-    outer = _outermost(report)
-    across = [f"over {outer}"] if outer else []
-    titles = ("plan", "ms>", "of it exposed>", "sent>", "memory>", *across, "why")
-    table = _table(*titles, title=f"Plans for {report.topology}, predicted per call and rank")
-    invalid: dict[str, list[str]] = {}
-    for row in report.plans:
-        if row.milliseconds is None or row.exposed is None or row.bytes is None or row.gigabytes is None:
-            invalid.setdefault(row.reason, []).append(row.plan)
-            continue
-        cells = [_ms(row.milliseconds), _ms(row.exposed), _size(row.bytes), _size(row.gigabytes * 1e9)]
-        if outer:
-            cells.append(", ".join(axis for axis, link in row.links.items() if link == outer) or "nothing")
-        table.add_row(Text(row.plan), *cells, Text(row.reason))
-    out.print(table)
-    for reason, plans in invalid.items():
-        out.print(Text(f"not for this call: {'; '.join(plans)}: {reason}"))
-
-
-def _links(out: Console, report: Report) -> None:
-    """What crosses each class of links, where there are several."""
-    if len(report.links) < 2:
-        return
-    table = _table("link", "of each", "axes", "bytes>", "by the formula>", "times>", title="What leaves one end")
-    for x in report.links:
-        of = "device" if x.ranks == 1 else f"{x.ranks} devices"
-        times = f"{x.bytes / x.formula:.3f}" if x.formula else "-"
-        table.add_row(x.name, of, ", ".join(x.axes) or "none", f"{x.bytes:,}", f"{x.formula:,}", times)
-    out.print(table)
-
-
-def _orders(out: Console, report: Report) -> None:
-    """What ``overlap`` weighed, and what stays exposed in the order that it took."""
-    if not report.orders:
-        return
-    table = _table("order", "ms>", "of it exposed>", "collectives>", title="Orders weighed, the first is taken")
-    for o in report.orders:
-        table.add_row(o.order, _ms(o.milliseconds), _ms(o.exposed), str(o.collectives))
-    out.print(table)
-    if not report.exposed:
-        return
-    title = f"{sum(e.count for e in report.exposed)} exchanges stay exposed"
-    table = _table("ms>", "count>", "why", "source line", title=title)
-    for e in report.exposed[:MOST]:
-        table.add_row(_ms(e.milliseconds), str(e.count), e.reason, Text(e.source or "(an input)"))
-    out.print(table)
-    if len(report.exposed) > MOST:
-        out.print(f"and {len(report.exposed) - MOST} lines more")
-
-
-def _legend(values: Mapping[str, int]) -> str:
-    """What a form's symbols stand for, as one reads it: ``57 attentions of 2-byte elements: Q = 14,155,776, ...``."""
-    what = "attention" if "Q" in values else "sum over cut columns" if "S" in values else "output"
-    what = what.replace("sum", "sums") if values["count"] > 1 and "S" in values else what
-    plural = "s" * (values["count"] > 1 and "S" not in values)
-    named = ", ".join(f"{name} = {value:,}" for name, value in values.items() if name not in ("count", "itemsize"))
-    return f"{values['count']} {what}{plural} of {values['itemsize']}-byte elements: {named}"
-
-
-def _outermost(report: Report) -> str:
-    """The outermost link that any plan crosses, if some plans' axes cross others."""
-    names = {link: None for row in report.plans for link in row.links.values()}
-    outer = [x.name for x in report.links if x.name in names]
-    return outer[-1] if len(names) > 1 and outer else ""
-
-
-def _ms(milliseconds: float) -> str:
-    return f"{milliseconds:.3g}" if milliseconds < 1000 else f"{milliseconds:,.0f}"
-
-
-def _size(size: float) -> str:
-    """Bytes in a unit that one reads."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= scale:
-            return f"{size / scale:.1f} {unit}"
-    return f"{size:.0f} B"
-
-
-def _collectives(out: Console, report: Report) -> None:
-    if not report.collectives:
-        out.print("no collectives: nothing is exchanged")
-        return
-    count = sum(c.count for c in report.collectives)
-    title = f"{count} collectives per call; by the formula, before messages are joined, {report.collectives_formula}"
-    table = _table("kind", "axis", "bytes>", "count>", "for", "source line", title=title)
-    for c in sorted(report.collectives, key=lambda c: -c.bytes):
-        table.add_row(c.kind, c.axis, f"{c.bytes:,}", str(c.count), c.why, Text(c.source or "(an input)"))
-    out.print(table)
-
-
-def _replicated(out: Console, report: Report) -> None:
-    if not report.replicated:
-        return
-    share = sum(r.share for r in report.replicated)
-    title = f"work that every rank repeats: {share:.2%} of one device's FLOPs"
-    table = _table("operator", "share>", "source line", title=title)
-    for r in report.replicated[:MOST]:
-        table.add_row(r.operator, f"{r.share:.3%}", Text(r.source))
-    out.print(table)
-    _rest(out, len(report.replicated))
-
-
-def _fallbacks(out: Console, report: Report) -> None:
-    if not report.fallbacks:
-        out.print("no fallbacks: nothing is gathered that the plan did not ask for")
-        return
-    title = f"{len(report.fallbacks)} fallbacks: exchanges that no plan asked for"
-    table = _table("operator", "kind", "bytes>", "reason", "source line", title=title)
-    for f in sorted(report.fallbacks, key=lambda f: -f.bytes)[:MOST]:
-        table.add_row(f.operator, f.kind, f"{f.bytes:,}", Text(f.reason), Text(f.source))
-    out.print(table)
-    _rest(out, len(report.fallbacks))
-
-
-def _rest(out: Console, rows: int) -> None:
-    if rows > MOST:
-        out.print(f"and {rows - MOST} more, which --json has")

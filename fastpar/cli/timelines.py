@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,15 +21,19 @@ def check_files(trace: Path | None, picture: Path | None, topology: str | None, 
             raise OptionError(f"{option} is about predicted times, which need a topology; add --topology with a "
                               f"preset ({', '.join(presets())}) or a TOML file")  # fmt: skip
     for option, path, suffix in (("--trace", trace, ".json"), ("--picture", picture, ".png")):
-        if path is None:
-            continue
-        if path.suffix != suffix:
-            raise OptionError(f"{option}: expected the name of a {suffix} file, not {str(path)!r}")
-        if path.is_dir():
-            raise OptionError(f"{option}: cannot write {str(path)!r}: it is a folder")
-        above = next(p for p in path.absolute().parents if p.exists())
-        if not above.is_dir() or not os.access(above, os.W_OK):
-            raise OptionError(f"{option}: cannot write {str(path)!r}: {str(above)!r} is no folder to write to")
+        if path is not None:
+            check_file(option, path, suffix)
+
+
+def check_file(option: str, path: Path, suffix: str) -> None:
+    """Raise OptionError, before anything takes long, for a file that cannot be written."""
+    if path.suffix != suffix:
+        raise OptionError(f"{option}: expected the name of a {suffix} file, not {str(path)!r}")
+    if path.is_dir():
+        raise OptionError(f"{option}: cannot write {str(path)!r}: it is a folder")
+    above = next(p for p in path.absolute().parents if p.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise OptionError(f"{option}: cannot write {str(path)!r}: {str(above)!r} is no folder to write to")
 
 
 def write_timeline(report: Report, trace: Path | None, picture: Path | None, model: str) -> None:
@@ -51,14 +54,3 @@ def write_timeline(report: Report, trace: Path | None, picture: Path | None, mod
             write_whole(path, data)
         except OSError as error:
             raise OptionError(f"{option}: cannot write {str(path)!r}: {error}") from error
-
-
-def sampling(run: Mapping[str, float]) -> str:
-    """``Report.generation`` in a sentence."""
-    steps, streams = int(run["steps"]), int(run["streams"])
-    each = f" of {streams} calls" if streams > 1 else ""
-    later = f", then {1e3 * run['step']:.3g} ms each" if steps > 1 else ""
-    return (
-        f"{run['seconds']:.3g} s in {steps} step{'s' * (steps > 1)}{each}: the first {1e3 * run['first']:.3g} ms"
-        f"{later}; the sampler's own work is not counted"
-    )
