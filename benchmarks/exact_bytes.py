@@ -17,8 +17,8 @@ import torch
 
 import fastpar
 from benchmarks.models import full_size
-from benchmarks.record import write
 from fastpar.core.plan import Plan
+from fastpar.core.record import write
 from fastpar.graph.count import bytes_crossing, bytes_per_rank, collectives
 from fastpar.plan.expand import pipeline_text
 from fastpar.plan.formula import dealt_bytes, volume

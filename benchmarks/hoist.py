@@ -191,7 +191,7 @@ def main() -> None:
             flush=True,
         )
     if args.out:
-        from benchmarks.record import write
+        from fastpar.core.record import write
 
         write(args.out, results)
 

@@ -49,7 +49,7 @@ def main() -> None:
         rows.append(measure(captured, plan))
         print(f"{plan:22}" + "".join(f"{rows[-1][name]:12.0f}" for name in names), flush=True)
     if args.out:
-        from benchmarks.record import write
+        from fastpar.core.record import write
 
         write(args.out, {"blocks": [args.layers, args.single], "plans": rows})
 

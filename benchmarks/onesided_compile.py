@@ -63,7 +63,7 @@ def main() -> None:
         shown = (f"{k} {v:.2f}" if isinstance(v, float) else f"{k} {v}" for k, v in rows[-1].items())
         print("  ".join(shown), flush=True)
     if args.out:
-        from benchmarks.record import write
+        from fastpar.core.record import write
 
         write(args.out, rows)
 

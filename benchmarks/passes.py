@@ -19,8 +19,8 @@ import torch
 
 import fastpar
 from benchmarks.models import full_size
-from benchmarks.record import write
 from fastpar.core.plan import Plan
+from fastpar.core.record import write
 from fastpar.graph.program import Program
 from fastpar.graph.prologue import bytes_on_ranks, checked, split
 from fastpar.graph.schedule import parts, play

@@ -18,7 +18,7 @@ import torch
 
 import fastpar
 from benchmarks.models import CASES, full_size
-from benchmarks.record import write
+from fastpar.core.record import write
 from fastpar.run.build import planned
 
 MACHINES = {"h100-8": 8, "l40-8": 8, "a100-4x8": 32}

@@ -22,10 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.record import write
 from benchmarks.train_digits import digits
 from fastpar.backends.simulate import PerRank
 from fastpar.core.plan import Plan
+from fastpar.core.record import write
 from fastpar.demo.model import load_digits
 from fastpar.demo.sampler import guided_inputs, initial_noise, sample, schedule_of
 from fastpar.graph.capture import capture, compile_fx

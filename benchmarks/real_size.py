@@ -97,7 +97,7 @@ def main() -> None:
         nodes, took = ([r[k] if k == "nodes" else r["seconds"][k] for r in results] for k in ("nodes", "passes"))
         print(f"{nodes[0] / nodes[1]:.2f} times the nodes take {took[0] / took[1]:.2f} times the time of the passes")
     if args.out:
-        from benchmarks.record import write
+        from fastpar.core.record import write
 
         write(args.out, results)
 

@@ -57,7 +57,7 @@ def main() -> None:
     for row in rows:
         print(", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
     if args.out:
-        from benchmarks.record import write
+        from fastpar.core.record import write
 
         write(args.out, rows)
 

@@ -252,7 +252,8 @@ def test_demo_reports_as_the_others_do(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_command_starts_without_torch() -> None:
     code = "import sys, fastpar.cli.main; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-    assert {"demo", "verify", "explain", "opt"} <= set(run("--help").split())
+    verbs = {"demo", "verify", "explain", "opt", "run", "bench", "report", "doctor"}
+    assert verbs <= set(run("--help").split())
     assert run("--version").strip()[0].isdigit()
 
 

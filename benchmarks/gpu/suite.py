@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.part import MODEL, SIZES
-from benchmarks.record import write
+from fastpar.core.record import write
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from benchmarks.published.fit import baseline, error, fit, median, pairs, withou
 from benchmarks.published.latency import Model
 from benchmarks.published.machines import PER, PRESETS, Constants, names
 from benchmarks.published.split import may_fit, read
-from benchmarks.record import write
+from fastpar.core.record import write
 from fastpar.plan.topology import load
 
 RESULTS = Path("benchmarks/results/published.json")

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from fastpar.cli.bench import bench
 from fastpar.cli.demo import demo
 from fastpar.cli.doctor import doctor
 from fastpar.cli.explain import explain
@@ -34,5 +35,5 @@ def fastpar(
     """One device's diffusion model as the program of one rank of N, proved equal."""
 
 
-for verb in (demo, verify, explain, opt, run, report, doctor):
+for verb in (demo, verify, explain, opt, run, bench, report, doctor):
     app.command()(verb)

@@ -93,6 +93,17 @@ def world_for(plans: Sequence[str], ranks: int | None, device: str | None, optio
     size = int(os.environ["WORLD_SIZE"]) if there else ranks
     if there and ranks not in (None, size):
         raise OptionError(f"--ranks {ranks}, but torchrun has started {size} processes; leave --ranks out")
+    size = ranks_of(plans, size, options)
+    device = _device(device, size, there)
+    if options.get("cudagraphs") and device != "cuda":
+        raise OptionError("--cudagraphs needs a GPU, and the model runs on the CPU")
+    threads = None if there or device != "cpu" else max(1, (os.cpu_count() or 1) // size)
+    return World(size, device, there, threads)
+
+
+def ranks_of(plans: Sequence[str], ranks: int | None, options: dict[str, Any]) -> int:
+    """How many ranks all of ``plans`` are for. Raises OptionError and PlanError, also for the backend's ``options``."""
+    size = ranks
     if size is None:
         degrees = {Plan.parse(text).degree for text in plans if not Plan.parse(text).auto}
         if len(degrees) > 1:
@@ -108,11 +119,7 @@ def world_for(plans: Sequence[str], ranks: int | None, device: str | None, optio
         if found.topology is not None:
             topology(found.topology).check(size)
     assert size is not None
-    device = _device(device, size, there)
-    if options.get("cudagraphs") and device != "cuda":
-        raise OptionError("--cudagraphs needs a GPU, and the model runs on the CPU")
-    threads = None if there or device != "cpu" else max(1, (os.cpu_count() or 1) // size)
-    return World(size, device, there, threads)
+    return size
 
 
 def _device(asked: str | None, ranks: int, there: bool) -> str:
@@ -141,16 +148,20 @@ def on_world(world: World, work: Callable[[J], R | None], job: J, debug: bool = 
 
 
 class Heard(logging.Handler):
-    """What fastpar logs on this rank while it is entered, each message once."""
+    """What fastpar logs on this rank while it is entered, each message once; ``telling`` are those that one should not
+    miss: warnings, and what ``auto`` has chosen."""
 
     def __init__(self) -> None:
         super().__init__(logging.INFO)
         self.messages: list[str] = []
+        self.telling: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
         said = record.getMessage()
         if said not in self.messages:
             self.messages.append(said)
+            if record.levelno >= logging.WARNING or said.startswith("plan auto"):
+                self.telling.append(said)
 
     def __enter__(self) -> Heard:
         log = logging.getLogger("fastpar")

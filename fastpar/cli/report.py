@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -61,6 +59,7 @@ def report(
     from fastpar.cli.timelines import check_file, check_files
     from fastpar.core.errors import OptionError
     from fastpar.core.files import write_whole
+    from fastpar.core.record import command
     from fastpar.graph.capture import fake_mode_of
     from fastpar.report.page import page
     from fastpar.run.verify import explain
@@ -80,7 +79,7 @@ def report(
     if verify:
         verdict = prove(graphs, plan=plan, ranks=ranks, passes=passes, topology=topology, transport=transport)
         found.notes += [note for note in verdict.notes if note not in found.notes]
-    text = page(found, model, verdict=verdict, command=_command(), made=_made())
+    text = page(found, model, verdict=verdict, command=command(("--out",)), made=_made())
     try:
         write_whole(out, text.encode("utf-8", "replace"))
     except OSError as error:
@@ -89,15 +88,6 @@ def report(
     typer.echo(f"{out}: {found.plan} on {found.ranks} ranks{said}")
     if verdict is not None and not verdict.ok:
         raise typer.Exit(FAILED)
-
-
-def _command() -> str:
-    """What was typed, with the page's place left out: it is the sender's own."""
-    words = [word for word in sys.argv[1:] if not word.startswith("--out=")]
-    if "--out" in words:
-        at = words.index("--out")
-        words = words[:at] + words[at + 2 :]
-    return shlex.join(["fastpar", *words])
 
 
 def _made() -> str:

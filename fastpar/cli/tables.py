@@ -18,11 +18,12 @@ from rich.text import Text
 from fastpar.core.errors import OptionError
 from fastpar.report import sections
 from fastpar.report.sections import Section
-from fastpar.report.words import size
+from fastpar.report.words import ms, size
 
 if TYPE_CHECKING:
     from fastpar.cli.calling import Ran
     from fastpar.cli.health.fact import Fact
+    from fastpar.cli.rounds import Benched
     from fastpar.run.each import Proof
     from fastpar.run.report import Report
 
@@ -141,6 +142,26 @@ def _distance(ran: Ran) -> str:
     if ran.lossy:
         return f"{said}; lossy, as asked"
     return f"{said}; {held.exact:.1e} to float64, where eager has {held.eager:.1e} and {held.allowed:.1e} is allowed"
+
+
+def show_bench(found: Benched) -> None:
+    """What ``bench`` measured, a line per entry."""
+    out = console()
+    first, counted = found.entries[0], any(e.launches for e in found.entries)
+    table = _table("", "ranks>", "ms>", "quartiles>", f"of {first.name}>", "first call, s>",
+                   *(["launches>"] if counted else []))  # fmt: skip
+    for e in found.entries:
+        low, high = (ms(1e3 * x) for x in e.quartiles)
+        cells = [str(e.ranks), ms(1e3 * e.median), f"{low} to {high}", f"{e.over(first):.3f}", f"{e.first:.3g}"]
+        if counted:
+            cells.append(str(e.launches["launches"]) if e.launches else "-")
+        table.add_row(Text(f"{e.name}, lossy" if e.lossy else e.name), *cells)
+    out.print(table)
+    threads = f", {found.threads} thread{'s' * (found.threads > 1)} each" if found.threads else ""
+    plans = f"plans: {found.ranks} processes, {found.backend} on {found.device}, lowering {found.lowering}{threads}"
+    turns = f"{len(first.seconds)} rounds of {found.calls} call{'s' * (found.calls > 1)} each, in turns"
+    for said in (plans, f"medians of {turns}; ratios are medians of those within a round", *found.notes):
+        out.print(Text(said))
 
 
 def show_facts(facts: Sequence[Fact]) -> None:

@@ -69,7 +69,7 @@ def launch(work: Callable[[J], R | None], job: J, ranks: int, debug: bool = Fals
 
 
 @contextmanager
-def joined(device: str = "cpu") -> Iterator[torch.device]:
+def joined(device: str = "cpu", timeout: timedelta = TIMEOUT) -> Iterator[torch.device]:
     """This process as a rank of the world that its launcher has said; gives the device that is the rank's own.
 
     ``device`` is ``cpu`` (gloo) or ``cuda`` (NCCL, and gloo for what is on the host). No rank leaves the world while
@@ -79,7 +79,7 @@ def joined(device: str = "cpu") -> Iterator[torch.device]:
     if device == "cuda":
         own = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(own)
-    dist.init_process_group("gloo" if device == "cpu" else "cpu:gloo,cuda:nccl", timeout=TIMEOUT)
+    dist.init_process_group("gloo" if device == "cpu" else "cpu:gloo,cuda:nccl", timeout=timeout)
     try:
         yield own
         dist.barrier()
