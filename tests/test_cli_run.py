@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,11 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.elastic.multiprocessing import SignalException
 from typer.testing import CliRunner
 
 from fastpar.cli.main import app
-from fastpar.cli.processes import World, world_for
-from fastpar.core.errors import OptionError, PlanError
+from fastpar.cli.processes import Wanted, World, first_call, world_for
+from fastpar.core.errors import CaptureError, OptionError, PlanError
+from fastpar.graph.capture import call_arguments
 from fastpar.run.calls import Steps, digest
 from fastpar.run.held import held, tensors_of
 from tests.scripts import small
@@ -92,6 +95,32 @@ def test_what_goes_wrong_on_processes_is_one_message(model: str, status: int, sa
     assert status == 1 or (found.startswith("error: rank") and len(found.splitlines()) == 1)
     if model == "wrong":
         assert "on all ranks, in every call" in found and "1.0e-03 relative to eager" in found
+
+
+def test_inputs_that_are_not_the_models_own_are_one_message() -> None:
+    """As ``captured`` says it; nothing is started for it here."""
+    loaded = Wanted("small:denoiser", pairs=("x=float[2,7,5]",)).load(torch.device("cpu"))
+    args = call_arguments(loaded.inputs)
+    for call in (loaded.model, torch.compile(loaded.model, backend="eager")):
+        with pytest.raises(CaptureError, match="does not run on these inputs: .*Given: x, prompt; it takes: x, prompt"):
+            first_call(loaded, call, *args)
+    with pytest.raises(CaptureError, match="missing 1 required .*it takes: x, prompt"):
+        first_call(loaded, torch.compile(loaded.model, backend="eager"), (), {"x": torch.randn(2, 7, 6)})
+
+    def bug(*_: Any, **__: Any) -> None:
+        raise RuntimeError("a bug of ours")
+
+    with pytest.raises(RuntimeError, match="a bug of ours"):
+        first_call(loaded, bug, *args)
+
+
+def test_ctrl_c_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> Any:
+        raise SignalException("Process 1 got signal: 2", sigval=signal.SIGINT)
+
+    monkeypatch.setattr("fastpar.run.launch.elastic_launch", lambda *_: interrupted)
+    result = CliRunner().invoke(app, ["run", "small:denoiser", *TWO])
+    assert result.exit_code == 130 and "Traceback" not in result.output
 
 
 @pytest.mark.distributed

@@ -11,16 +11,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._dynamo.exc import TorchRuntimeError
 
 import fastpar
-from fastpar.cli.inputs import parameters
-from fastpar.cli.processes import Heard, Wanted, World
-from fastpar.core.errors import CaptureError
+from fastpar.cli.models import Loaded
+from fastpar.cli.processes import Heard, Wanted, World, first_call
 from fastpar.core.plan import Plan
 from fastpar.run.calls import Steps, digest
 from fastpar.run.held import Held, held, tensors_of
-from fastpar.run.launch import joined, own_error
+from fastpar.run.launch import joined
 from fastpar.run.timing import idle
 
 
@@ -72,7 +70,7 @@ def work(job: Job) -> Ran | None:
         first = dist.get_rank() == 0
         loaded = job.wanted.load(device)
         steps = Steps(loaded.inputs, device)
-        seconds, digests, kept = _called(loaded.model, steps, job, device)
+        seconds, digests, kept = _called(loaded, steps, job, device)
         mine = (seconds, digests, _peak(device))
         every: list[Any] = [mine] * dist.get_world_size()
         dist.all_gather_object(every, mine)
@@ -99,10 +97,10 @@ def work(job: Job) -> Ran | None:
 
 
 def _called(
-    model: Any, steps: Steps, job: Job, device: torch.device
+    loaded: Loaded, steps: Steps, job: Job, device: torch.device
 ) -> tuple[list[float], list[str], dict[int, list[torch.Tensor]]]:
     """Seconds and digests of all calls, which are one sampling run, and what the first and the last one gave."""
-    compiled = torch.compile(model, backend="fastpar", options=job.options, dynamic=False)
+    compiled = torch.compile(loaded.model, backend="fastpar", options=job.options, dynamic=False)
     seconds, digests, kept = list[float](), list[str](), dict[int, list[torch.Tensor]]()
     with fastpar.generation():
         for step in range(job.calls):
@@ -110,7 +108,7 @@ def _called(
             dist.barrier()
             idle(device)
             begin = time.perf_counter()
-            outputs = tensors_of(_call(model, compiled, args, kwargs) if step == 0 else compiled(*args, **kwargs))
+            outputs = tensors_of(first_call(loaded, compiled, args, kwargs) if step == 0 else compiled(*args, **kwargs))
             idle(device)
             seconds.append(time.perf_counter() - begin)
             if step == 0:
@@ -119,20 +117,6 @@ def _called(
             if step in (0, job.calls - 1):
                 kept[step] = [x.clone() for x in outputs]  # a replayed graph writes into the same memory
     return seconds, digests, kept
-
-
-def _call(model: Any, compiled: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The first call. What the model's own code raises on inputs that are not its own is one message."""
-    try:
-        return compiled(*args, **kwargs)
-    except (TorchRuntimeError, TypeError) as error:
-        if own_error(error) is not None:
-            raise
-        said = str(error).strip().splitlines()
-        raise CaptureError(
-            f"the model does not run on these inputs: {type(error).__name__}: {said[0] if said else 'no message'}. "
-            f"It takes: {', '.join(parameters(model))} (--debug shows the traceback)"
-        ) from error
 
 
 def _peak(device: torch.device) -> int:

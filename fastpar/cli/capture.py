@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 from fastpar.cli.inputs import parameters
 from fastpar.cli.models import Loaded
 from fastpar.core.errors import CaptureError, FastparError
 from fastpar.graph.capture import Captured, call_arguments, capture
+
+_GOT = re.compile(r": got (\w+\(.*\))\s*$", re.MULTILINE)
 
 
 def captured(loaded: Loaded) -> Captured:
@@ -15,11 +19,18 @@ def captured(loaded: Loaded) -> Captured:
     except FastparError:
         raise
     except Exception as error:  # whatever the model's own code raises on inputs that are not its own
-        args, kwargs = call_arguments(loaded.inputs)
-        given = [*(f"{len(args)} positional" for _ in args[:1]), *kwargs]
-        said = str(error).strip().splitlines()
-        raise CaptureError(
-            f"the model does not run on these inputs: {type(error).__name__}: {said[0] if said else 'no message'}. "
-            f"Given: {', '.join(given) or 'nothing'}; it takes: {', '.join(parameters(loaded.model))} "
-            "(--debug shows the traceback)"
-        ) from error
+        raise not_its_inputs(loaded, error) from error
+
+
+def not_its_inputs(loaded: Loaded, error: Exception) -> CaptureError:
+    """What to say of an error that a model's own code has raised: what it was given, and what it takes."""
+    args, kwargs = call_arguments(loaded.inputs)
+    given = [*(f"{len(args)} positional" for _ in args[:1]), *kwargs]
+    lines = str(error).strip().splitlines()
+    got = _GOT.search(str(error))  # Dynamo tells of the error, in a line of its own
+    said = got[1] if got else f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+    return CaptureError(
+        f"the model does not run on these inputs: {said}. "
+        f"Given: {', '.join(given) or 'nothing'}; it takes: {', '.join(parameters(loaded.model))} "
+        "(--debug shows the traceback)"
+    )

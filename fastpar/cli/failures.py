@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable
 from typing import Any
 
 import typer
 
 from fastpar.core.errors import FastparError
+from fastpar.core.quiet import OPERATORS, quiet
 
 FAILED = 1
 """Exit status where the verb ran and the answer is no: verification failed."""
@@ -23,17 +23,13 @@ def reported(verb: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(verb)  # typer reads the options from the signature
     def run(*args: Any, **kwargs: Any) -> None:
         debug = kwargs.get("debug", False)
-        operators = logging.getLogger("torch._subclasses.fake_tensor")  # says, from 2.15 on, which one did not run,
-        level = operators.level  # before it raises what is the message here
-        operators.setLevel(level if debug else logging.CRITICAL)
         try:
-            verb(*args, **kwargs)
+            with quiet(*([] if debug else [OPERATORS])):
+                verb(*args, **kwargs)
         except FastparError as error:
             if debug:
                 raise
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(MISTAKEN) from error
-        finally:
-            operators.setLevel(level)
 
     return run

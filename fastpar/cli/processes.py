@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+from torch._dynamo.exc import TorchRuntimeError
 
+from fastpar.cli.capture import not_its_inputs
 from fastpar.cli.models import Loaded, load
 from fastpar.core.errors import OptionError, PlanError
 from fastpar.core.options import Options
@@ -145,6 +147,18 @@ def on_world(world: World, work: Callable[[J], R | None], job: J, debug: bool = 
         if own is None or debug:
             raise
         raise type(own)(f"rank {os.environ['RANK']}: {own}") from error
+
+
+def first_call(loaded: Loaded, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``call``, which is the model or was compiled from it. What the model's own code raises on inputs that are not its
+    own is one message (CaptureError)."""
+    try:
+        return call(*args, **kwargs)
+    except Exception as error:
+        plainly = call is loaded.model or isinstance(error, TorchRuntimeError | TypeError)
+        if own_error(error) is not None or not plainly:
+            raise
+        raise not_its_inputs(loaded, error) from error
 
 
 class Heard(logging.Handler):

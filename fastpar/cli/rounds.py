@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 
 from fastpar import emulate
-from fastpar.cli.processes import Heard, Wanted, World
+from fastpar.cli.models import Loaded
+from fastpar.cli.processes import Heard, Wanted, World, first_call
 from fastpar.core.plan import Plan
 from fastpar.graph.capture import raise_recompile_limits
 from fastpar.run.calls import Steps
@@ -120,8 +121,8 @@ def _timed(job: Job, device: torch.device) -> Benched | None:
     with Heard() as heard, torch.no_grad():
         loaded = job.wanted.load(device)
         steps = Steps(loaded.inputs, device)
-        entries = [_alone(name, loaded.model, steps, device) if first else None for name in job.against]
-        entries += [_split(text, job.options, loaded.model, steps, device) for text in job.plans]
+        entries = [_alone(name, loaded, steps, device) if first else None for name in job.against]
+        entries += [_split(text, job.options, loaded, steps, device) for text in job.plans]
         for entry in entries:
             _meet(job)
             if entry is not None:
@@ -168,8 +169,10 @@ def _meet(job: Job) -> None:
 class _Entry:
     """What is called, as one sampling run of its own, so that entries can take turns."""
 
-    def __init__(self, call: Callable[..., Any], steps: Steps, device: torch.device, warm: int = WARM) -> None:
-        self.call, self.steps, self.device, self.warming = call, steps, device, warm
+    def __init__(
+        self, call: Callable[..., Any], loaded: Loaded, steps: Steps, device: torch.device, warm: int = WARM
+    ) -> None:
+        self.call, self.loaded, self.steps, self.device, self.warming = call, loaded, steps, device, warm
         self.run = generation()
         self.calls, self.first = 0, 0.0
         self.seconds: list[float] = []
@@ -179,7 +182,8 @@ class _Entry:
         self.calls += 1
         if self.device.type == "cuda":
             torch.compiler.cudagraph_mark_step_begin()
-        return tensors_of(self.call(*args, **kwargs))
+        first = self.calls == 1
+        return tensors_of(first_call(self.loaded, self.call, args, kwargs) if first else self.call(*args, **kwargs))
 
     def warm(self) -> None:
         """Compile, and all else that is not done again."""
@@ -213,14 +217,14 @@ class _Entry:
             return None
 
 
-def _alone(name: str, model: Any, steps: Steps, device: torch.device) -> _Entry:
+def _alone(name: str, loaded: Loaded, steps: Steps, device: torch.device) -> _Entry:
     """One device, without us."""
-    call = model if name == "eager" else torch.compile(model, mode=MODES[name], dynamic=False)
-    return _Entry(call, steps, device)
+    call = loaded.model if name == "eager" else torch.compile(loaded.model, mode=MODES[name], dynamic=False)
+    return _Entry(call, loaded, steps, device)
 
 
-def _split(text: str, options: dict[str, Any], model: Any, steps: Steps, device: torch.device) -> _Entry:
+def _split(text: str, options: dict[str, Any], loaded: Loaded, steps: Steps, device: torch.device) -> _Entry:
     """A plan, on all ranks."""
     displaced = Plan.parse(text).displaced
-    call = torch.compile(model, backend="fastpar", options={**options, "plan": text}, dynamic=False)
-    return _Entry(call, steps, device, WARM + (displaced.warmup if displaced is not None else 0))
+    call = torch.compile(loaded.model, backend="fastpar", options={**options, "plan": text}, dynamic=False)
+    return _Entry(call, loaded, steps, device, WARM + (displaced.warmup if displaced is not None else 0))

@@ -114,7 +114,7 @@ def show_run(ran: Ran) -> None:
     out.print(Text("ok" if ran.ok else "FAILED", style="bold green" if ran.ok else "bold red"))
     table = _facts()
     table.add_row("plan", Text(ran.plan))
-    table.add_row("ranks", f"{ran.ranks} processes, {ran.backend} on {ran.device}, lowering {ran.lowering}")
+    table.add_row("ranks", f"{_processes(ran.ranks)}, {ran.backend} on {ran.device}, lowering {ran.lowering}")
     first, *later = ran.seconds
     table.add_row("first call", f"{first:.3g} s, compiling")
     if later:
@@ -131,6 +131,11 @@ def show_run(ran: Ran) -> None:
     for message in [*([ran.shared] if ran.shared else []), *ran.messages]:
         table.add_row("note", Text(message))
     out.print(table)
+
+
+def _processes(ranks: int) -> str:
+    """How many."""
+    return f"{ranks} process{'es' * (ranks > 1)}"
 
 
 def _distance(ran: Ran) -> str:
@@ -158,7 +163,7 @@ def show_bench(found: Benched) -> None:
         table.add_row(Text(f"{e.name}, lossy" if e.lossy else e.name), *cells)
     out.print(table)
     threads = f", {found.threads} thread{'s' * (found.threads > 1)} each" if found.threads else ""
-    plans = f"plans: {found.ranks} processes, {found.backend} on {found.device}, lowering {found.lowering}{threads}"
+    plans = f"plans: {_processes(found.ranks)}, {found.backend} on {found.device}, lowering {found.lowering}{threads}"
     turns = f"{len(first.seconds)} rounds of {found.calls} call{'s' * (found.calls > 1)} each, in turns"
     for said in (plans, f"medians of {turns}; ratios are medians of those within a round", *found.notes):
         out.print(Text(said))

@@ -6,8 +6,8 @@ others, and that its error is said once and not once per rank, is done here.
 
 from __future__ import annotations
 
-import logging
 import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -16,11 +16,12 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from fastpar.core.errors import AgreementError, FastparError
+from fastpar.core.quiet import LAUNCHER, OPERATORS, quiet
 
 TIMEOUT = timedelta(minutes=5)
 """A rank that hangs must end the run with an error and not stay for gloo's half hour."""
@@ -47,7 +48,7 @@ def launch(work: Callable[[J], R | None], job: J, ranks: int, debug: bool = Fals
     Both travel by pickle. Raises :class:`LaunchError`: with the message where a process raised one of fastpar's own
     errors (with ``debug`` as for all others), else with the tracebacks of those that failed. The others are ended.
     """
-    with TemporaryDirectory(prefix="fastpar-") as logs, _quiet_launcher():
+    with TemporaryDirectory(prefix="fastpar-") as logs, quiet(*LAUNCHER):
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -64,6 +65,8 @@ def launch(work: Callable[[J], R | None], job: J, ranks: int, debug: bool = Fals
             result: R | None = elastic_launch(config, _telling)(work, job, debug)[0]
         except ChildFailedError as error:
             raise LaunchError(describe(error.failures, ranks)) from error
+        except SignalException as error:  # the launcher's own word for Ctrl-C; by now it has ended the processes
+            raise (KeyboardInterrupt if error.sigval == signal.SIGINT else SystemExit(128 + error.sigval)) from None
     assert result is not None, "rank 0 returns the result"
     return result
 
@@ -98,27 +101,13 @@ def own_error(error: BaseException) -> FastparError | None:
 def _telling(work: Callable[[J], R], job: J, debug: bool) -> R:
     """``work(job)``, with errors of fastpar's own as what the launcher can tell from bugs."""
     try:
-        return work(job)
+        with quiet(*([] if debug else [OPERATORS])):
+            return work(job)
     except Exception as error:
         own = own_error(error)
         if own is None or debug:
             raise
         raise (_Disagreed if isinstance(own, AgreementError) else _Told)(str(own)) from None
-
-
-@contextmanager
-def _quiet_launcher() -> Iterator[None]:
-    """Silence the launcher's log of a failure: the raised error carries the same traceback."""
-    logs = [logging.getLogger(f"torch.{name}") for name in ("distributed.elastic.multiprocessing.api",
-                                                             "multiprocessing.spawn")]  # fmt: skip
-    levels = [log.level for log in logs]
-    for log in logs:
-        log.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        for log, level in zip(logs, levels, strict=True):
-            log.setLevel(level)
 
 
 def describe(failures: dict[int, ProcessFailure], ranks: int) -> str:
