@@ -14,12 +14,13 @@ import torch
 from torch.distributed.elastic.multiprocessing import SignalException
 from typer.testing import CliRunner
 
+from fastpar.cli.calling import Ran
 from fastpar.cli.main import app
 from fastpar.cli.processes import Wanted, World, first_call, world_for
 from fastpar.core.errors import CaptureError, OptionError, PlanError
 from fastpar.graph.capture import call_arguments
 from fastpar.run.calls import Steps, digest
-from fastpar.run.held import held, tensors_of
+from fastpar.run.held import Held, held, tensors_of
 from tests.scripts import small
 
 SCRIPTS = Path(__file__).parent / "scripts"
@@ -83,7 +84,6 @@ def test_under_torchrun_its_processes_are_used(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("model", "status", "said"),
     [
-        ("differs", 1, "NO: rank 1 and rank 0 differ"),
         ("wrong", 1, "FAILED\n"),
         ("other_noise", 2, " of 2 failed: ranks do not agree on 'the values of x'"),
         ("dies", 2, "error: rank 1 of 2 ended with status 7, without a word\n"),
@@ -94,7 +94,7 @@ def test_what_goes_wrong_on_processes_is_one_message(model: str, status: int, sa
     assert said in found and "Traceback" not in found
     assert status == 1 or (found.startswith("error: rank") and len(found.splitlines()) == 1)
     if model == "wrong":
-        assert "on all ranks, in every call" in found and "1.0e-03 relative to eager" in found
+        assert "NO: rank 1 and rank 0 differ" in found and "1.0e-03 relative to eager" in found
 
 
 def test_inputs_that_are_not_the_models_own_are_one_message() -> None:
@@ -135,6 +135,14 @@ def test_a_bug_comes_with_one_traceback() -> None:
 def test_inductor_and_auto() -> None:
     said = run("small:denoiser", "--ranks", "2", "--lowering", "inductor", "--device", "cpu", "--no-check")
     assert "lowering inductor" in said and "planned for" in said and "not checked" in said
+
+
+@pytest.mark.parametrize("differ", [[], [1]])
+@pytest.mark.parametrize("error", [0.0, 1e-3, None])
+def test_either_makes_a_run_fail(differ: list[int], error: float | None) -> None:
+    found = None if error is None else Held(error < 1e-6, error, error, 0.0, 1e-6, "float32")
+    ran = Ran("ring=2", 2, "gloo", "cpu", "eager", [1.0], differ, 1, [], found, [], "")
+    assert ran.ok == ran.to_dict()["ok"] == (not differ and not error)
 
 
 # -- before anything starts ---------------------------------------------------------------------

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fastpar.core.errors import OptionError
+from fastpar.core.files import write_whole
 from fastpar.report import sections
 from fastpar.report.sections import Section
 from fastpar.report.words import ms, size
@@ -52,8 +53,7 @@ def write_json(report: Written, path: Path) -> None:
         typer.echo(text)
         return
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text + "\n")
+        write_whole(path, f"{text}\n".encode())
     except OSError as error:
         raise OptionError(f"--json: cannot write {str(path)!r}: {error}") from error
 
