@@ -105,12 +105,21 @@ def test_what_a_check_raises_is_a_fact() -> None:
 
 
 def test_processes_that_do_not_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+
+    class Recorded(subprocess.Popen[bytes]):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            started.append(self)
+
+    monkeypatch.setattr(subprocess, "Popen", Recorded)
     (found,) = processes.meeting("import sys, time\nif sys.argv[1] == '1': sys.exit('no route')\ntime.sleep(1000)")
     assert found.status == FAILED and "rank 1 of 2 failed over gloo: no route" in found.found
     assert "GLOO_SOCKET_IFNAME" in found.advice
     monkeypatch.setattr(fact, "PATIENCE", 0.5)
     (found,) = processes.meeting("import time; time.sleep(1000)")
     assert found.status == FAILED and "did not meet over gloo within 0.5 s" in found.found
+    assert len(started) == 4 and all(process.poll() is not None for process in started), "none is left behind"
 
 
 # -- software -----------------------------------------------------------------------------------
