@@ -53,12 +53,14 @@ def run(*args: str, status: int = 0) -> str:
 
 
 @pytest.mark.distributed
-def test_a_displaced_plan_runs_its_steps_and_says_that_it_is_lossy(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("more", "note"), [("", "bring what is used in the next step"),
+                                            (",steps(1:2)", "exchanges between calls")])  # fmt: skip
+def test_a_displaced_plan_runs_its_steps_and_says_that_it_is_lossy(tmp_path: Path, more: str, note: str) -> None:
     out = tmp_path / "run.json"
-    said = run(str(DIGITS), *DIGITS_INPUTS, "--plan", "gather=2,displaced(warmup=1)", "--calls", "4", "--device", "cpu",
-               "--json", str(out))  # fmt: skip
+    said = run(str(DIGITS), *DIGITS_INPUTS, "--plan", f"gather=2,displaced(warmup=1){more}", "--calls", "4",
+               "--device", "cpu", "--json", str(out))  # fmt: skip
     parts = ("ok\n", "2 processes, gloo on cpu, lowering eager", "in the median of 3", "on all ranks, in every call",
-             "lossy, as asked", "do not show how a plan scales", "bring what is used in the next step")  # fmt: skip
+             "lossy, as asked", "do not show how a plan scales", note)  # fmt: skip
     for part in parts:
         assert part in said, part
     found = json.loads(out.read_text())
@@ -154,7 +156,7 @@ def test_either_makes_a_run_fail(differ: list[int], error: float | None) -> None
         ((), "needs the number of ranks"),
         (("--plan", "ulises=2"), "did you mean 'ulysses'"),
         (("--plan", "ulysses=2", "--ranks", "3"), "the mesh has 3"),
-        (("--plan", "gather=2,displaced,steps(1:2)"), "not implemented yet"),
+        (("--plan", "gather=2,steps(1:2)"), "'steps' needs 'displaced'"),
         ((*TWO, "--lowering", "inducto"), "did you mean 'inductor'"),
         ((*TWO, "--transport", "three-sided"), "two-sided, one-sided"),
         ((*TWO, "--topology", "l41-8"), "did you mean 'l40-8'"),

@@ -102,7 +102,7 @@ def _called(
     """Seconds and digests of all calls, which are one sampling run, and what the first and the last one gave."""
     compiled = torch.compile(loaded.model, backend="fastpar", options=job.options, dynamic=False)
     seconds, digests, kept = list[float](), list[str](), dict[int, list[torch.Tensor]]()
-    with fastpar.generation():
+    with fastpar.generation() as run:
         for step in range(job.calls):
             args, kwargs = steps.at(step)
             dist.barrier()
@@ -111,6 +111,7 @@ def _called(
             outputs = tensors_of(first_call(loaded, compiled, args, kwargs) if step == 0 else compiled(*args, **kwargs))
             idle(device)
             seconds.append(time.perf_counter() - begin)
+            outputs = run.gather(outputs, now=True)  # under ``steps`` each rank has its own rows of now
             if step == 0:
                 steps.saw(outputs)
             digests.append(digest(outputs))

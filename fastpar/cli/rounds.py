@@ -183,7 +183,8 @@ class _Entry:
         if self.device.type == "cuda":
             torch.compiler.cudagraph_mark_step_begin()
         first = self.calls == 1
-        return tensors_of(first_call(self.loaded, self.call, args, kwargs) if first else self.call(*args, **kwargs))
+        given = first_call(self.loaded, self.call, args, kwargs) if first else self.call(*args, **kwargs)
+        return self.run.gather(tensors_of(given))  # under ``steps``, as a sampler does it
 
     def warm(self) -> None:
         """Compile, and all else that is not done again."""
@@ -195,14 +196,16 @@ class _Entry:
             self.first = time.perf_counter() - begin
             self.steps.saw(outputs)
             for _ in range(max(self.warming, SAMPLES) - 1):  # no sample is made while somebody looks at the clock
-                self.once()
+                outputs = self.once()
+            self.run.gather(outputs, now=True)
 
     def measure(self, calls: int) -> None:
         with self.run:
             idle(self.device)
             begin = time.perf_counter()
             for _ in range(calls):
-                self.once()
+                outputs = self.once()
+            self.run.gather(outputs, now=True)
             idle(self.device)
             self.seconds.append((time.perf_counter() - begin) / calls)
 
@@ -212,7 +215,9 @@ class _Entry:
             return None
         try:
             with self.run:
-                return launches(self.once, self.device)
+                found = launches(self.once, self.device)
+                self.run.gather(self.once(), now=True)
+                return found
         except RuntimeError:
             return None
 

@@ -31,6 +31,7 @@ import torch
 import torch.distributed as dist
 from torch._guards import CompileContext
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.utils import _pytree as pytree
 
 from fastpar.core.errors import FastparError, OptionError
 from fastpar.graph.program import Program
@@ -73,8 +74,8 @@ class Generation:
         found: T = self._kept[owner]
         return found
 
-    def gather(self, latents: torch.Tensor, now: bool = False) -> torch.Tensor:
-        """The latents that a step has led to, as all ranks are to have them.
+    def gather(self, latents: T, now: bool = False) -> T:
+        """The latents that a step has led to (a tensor, or several), as all ranks are to have them.
 
         Under a plan with ``steps`` each rank steps its own rows. At the end of every cycle, when all have come to the
         same step, they are put together here; ``now`` does it at any step, and is needed after the last one. Otherwise,
@@ -88,7 +89,8 @@ class Generation:
         if self._rows is None or not (now or self._due):
             return latents
         rows, self._rows = self._rows, None
-        return rows.gather(latents)
+        found: T = pytree.tree_map_only(torch.Tensor, rows.gather, latents)
+        return found
 
     def stepped(self, rows: Gathers, due: bool) -> None:
         """Ranks have gone other steps. ``due``: a cycle ends here, which is when their latents are put together."""
