@@ -20,9 +20,9 @@ from fastpar.core.layout import Layout
 from fastpar.core.mesh import Mesh
 from fastpar.core.plan import Plan
 from fastpar.graph.check import check, check_order
+from fastpar.graph.count import EXCHANGES
 from fastpar.graph.pipeline import Pass, PassContext, Pipeline
 from fastpar.graph.program import Program
-from fastpar.ops.collectives import COLLECTIVES
 from fastpar.passes.localise import Localise
 from fastpar.plan.durations import durations
 from fastpar.plan.expand import mesh_for, pipeline_text
@@ -186,7 +186,7 @@ def _seen(lowered: Program, mesh: Mesh) -> Seen:
         if node.op != "call_function":
             continue
         name = Call.of(node).name
-        if node.target in COLLECTIVES:
+        if node.target in EXCHANGES:
             seen.communicates = True
             seen.collectives[name] += 1
             continue

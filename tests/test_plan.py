@@ -25,7 +25,7 @@ def plans(draw):
     split = math.prod(degree for name, degree in terms.items() if name in TOKEN_AXES)
     if "gather" in terms and draw(st.booleans()):
         terms["displaced"] = Displaced(draw(st.integers(0, 9)), draw(st.sampled_from(GROUP_NORMS)))
-        if draw(st.booleans()):
+        if terms["displaced"].gn not in ("sync", "none") and draw(st.booleans()):
             terms["steps"] = tuple(draw(st.lists(st.integers(1, 5), min_size=split, max_size=split)))
     if terms and "naive" not in terms:
         terms["fp8"] = "".join(draw(st.lists(st.sampled_from(FP8_LETTERS), unique=True)))
