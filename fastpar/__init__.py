@@ -3,8 +3,8 @@
 ``torch.compile(model, backend="fastpar")`` needs no import of this package. What it offers
 beside that (all in one process, N virtual ranks): ``verify``, ``explain``, ``simulate``,
 ``capture`` and the classes ``Plan`` and ``Report``; ``shard_weights``, for ranks that hold parts of weights;
-``parallelize``, for diffusers' pipelines, and ``generation``, for sampling loops of one's own; and ``emulate``, one
-device as rank r of N on emulated links.
+``parallelize``, for diffusers' pipelines, ``generation``, for sampling loops of one's own, and ``balance``, for devices
+that are not equally fast; and ``emulate``, one device as rank r of N on emulated links.
 """
 
 from __future__ import annotations
@@ -18,18 +18,20 @@ if TYPE_CHECKING:
     from fastpar.core.plan import Plan
     from fastpar.diffusers import parallelize
     from fastpar.graph.capture import Captured, capture
+    from fastpar.plan.balance import balance
     from fastpar.run.report import Report
     from fastpar.run.stream import generation
     from fastpar.run.verify import explain, simulate, verify
     from fastpar.run.weights import shard_weights
 
-__all__ = ["__version__", "Captured", "Plan", "Report", "capture", "emulate", "explain", "generation",
+__all__ = ["__version__", "Captured", "Plan", "Report", "balance", "capture", "emulate", "explain", "generation",
            "parallelize", "shard_weights", "simulate", "verify"]  # fmt: skip
 
 _HOMES = {
     "Captured": "fastpar.graph.capture",
     "Plan": "fastpar.core.plan",
     "Report": "fastpar.run.report",
+    "balance": "fastpar.plan.balance",
     "capture": "fastpar.graph.capture",
     "explain": "fastpar.run.verify",
     "generation": "fastpar.run.stream",
