@@ -47,7 +47,8 @@ def test_this_machine_is_well(tmp_path: Path) -> None:
     found = json.loads(out.read_text())
     rows = {row["name"]: row for row in found["facts"]}
     assert found["ok"] and len(rows) == len(found["facts"]) >= 15
-    assert rows["torch"]["found"] == torch.__version__ and "fastpar.backend:fastpar" in rows["backend"]["found"]
+    assert rows["torch"]["found"].partition("+")[0] == torch.__version__.partition("+")[0]
+    assert "fastpar.backend:fastpar" in rows["backend"]["found"]
     assert rows["two processes"]["status"] == OK and "added up a tensor" in rows["two processes"]["found"]
     assert {"topology", "one-sided, CPU", "one-sided, GPU", "CUDA graphs", "cache", "launcher"} <= set(rows)
     for name in rows:

@@ -26,6 +26,9 @@ from fastpar.core.quiet import LAUNCHER, OPERATORS, quiet
 TIMEOUT = timedelta(minutes=5)
 """A rank that hangs must end the run with an error and not stay for gloo's half hour."""
 
+_SHUTDOWN: dict[str, Any] = {"shutdown_timeout": 5} if "shutdown_timeout" in LaunchConfig.__annotations__ else {}
+"""Seconds that the others have to end, where torch has the setting (2.11 has not)."""
+
 J = TypeVar("J")
 R = TypeVar("R")
 
@@ -59,7 +62,7 @@ def launch(work: Callable[[J], R | None], job: J, ranks: int, debug: bool = Fals
             local_addr="localhost",  # no name lookup: a laptop's own name often resolves to nothing
             logs_specs=DefaultLogsSpecs(log_dir=logs),  # the default folder would stay behind
             max_restarts=0,  # an error would be the same the second time
-            shutdown_timeout=5,
+            **_SHUTDOWN,
         )
         try:
             result: R | None = elastic_launch(config, _telling)(work, job, debug)[0]
