@@ -113,8 +113,10 @@ def _check(graph: fx.Graph, mesh: Mesh) -> None:
                  for src, dst in zip(*layouts_of(node), strict=True) for rank in range(mesh.ranks)):  # fmt: skip
             reason = "rows move on to other ranks, which work on them"
         if reason is not None:
-            raise PlanError("steps: ranks of different strides cannot take part in an exchange of this model: "
-                            f"{reason} ({source_line(node)}); leave 'steps' out, or let ranks divide rows evenly")  # fmt: skip
+            raise PlanError(
+                f"steps: ranks of different strides cannot take part in an exchange of this model: {reason} "
+                f"({source_line(node)}); leave 'steps' out, or let ranks divide rows evenly"
+            )
 
 
 def _rows(out: Any) -> tuple[str, str] | None:
