@@ -37,13 +37,13 @@ from dataclasses import dataclass
 from operator import getitem
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 import torch
 from torch import fx
 
 from fastpar.core.inherit import inherited
 from fastpar.core.layout import Layout
 from fastpar.core.mesh import Mesh
+from fastpar.core.transfer import hands_over
 from fastpar.graph.pipeline import Pass, PassContext
 from fastpar.graph.program import Input, Program, source_line
 from fastpar.graph.tidy import dead_code
@@ -157,15 +157,6 @@ def _exchanged(graph: fx.Graph, mesh: Mesh) -> Iterator[fx.Node]:
 def _is_cut(layout: Any) -> bool:
     layouts = layout if isinstance(layout, tuple) else (layout,)
     return any(isinstance(x, Layout) and AXIS in x.split_axes for x in layouts)
-
-
-def hands_over(src: Layout, dst: Layout, mesh: Mesh, rank: int) -> bool:
-    """Whether a rank is left without rows, in some dimension, that others have after the exchange."""
-    for a, b in zip(src.dims, dst.dims, strict=True):
-        left = np.setdiff1d(a.rows(mesh, rank), b.rows(mesh, rank)) if a != b else ()
-        if len(left) and any(np.isin(left, b.rows(mesh, other)).any() for other in range(mesh.ranks)):
-            return True
-    return False
 
 
 def shifted(graph: fx.Graph) -> set[fx.Node]:

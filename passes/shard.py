@@ -20,8 +20,10 @@ from torch import fx
 from fastpar.core.errors import PlanError
 from fastpar.core.layout import Layout
 from fastpar.core.mesh import Mesh
+from fastpar.core.transfer import hands_over
 from fastpar.graph.pipeline import Pass, PassContext
 from fastpar.graph.program import Program, module_of
+from fastpar.ops.redistribute import redistribute
 from fastpar.passes.attention_gather import split_keys
 from fastpar.sharding.candidates import Candidate, Seed, find, find_batch, is_attention
 from fastpar.sharding.expand import Key
@@ -122,9 +124,11 @@ class Shard(Pass):
                 seeds = [(seed, tokens) for seed in candidate.seeds]
                 result = Inserter(graph, mesh, [*batch, *seeds], unit, weights, known).run()
                 if unit == 1:
-                    units += sorted(result.units)
+                    units += sorted(result.units | (_COARSE if mesh.strides else set()))
                 options.append((busiest(result.graph, mesh), predicted_bytes(result, mesh), result))
                 tried.append(f"{candidate.rows} rows in multiples of {unit}: {options[-1][1] / 1e6:.3f} MB predicted")
+        if mesh.strides:  # rows that move on to another rank would be of its last run
+            options = [o for o in options if not _hands_rows_on(o[2].graph, mesh)] or options
         least = min(work for work, _, _ in options)
         # Rows that few products have move few bytes, and leave the rest to be repeated on every rank. And a rank
         # that waits for another costs like communication: both are time in which nothing is computed.
@@ -133,6 +137,21 @@ class Shard(Pass):
         if len(tried) > 1:
             ctx.notes.append("shard tried " + "; ".join(tried) + f"; chose {moved / 1e6:.3f} MB")
         return best
+
+
+_COARSE = {2, 4, 8, 16, 32}
+"""Multiples of rows that stay whole through so many halvings."""
+
+
+def _hands_rows_on(graph: fx.Graph, mesh: Mesh) -> bool:
+    """Whether some exchange takes rows from a rank that another one goes on with."""
+    for node in graph.nodes:
+        if node.target is redistribute:
+            src, dst = (Layout.parse(str(text)) for text in node.args[1:3])
+            moves = bool(src.partial or src.split_axes)  # else each rank keeps some of what all have
+            if moves and any(hands_over(src.summed(), dst.summed(), mesh, rank) for rank in range(mesh.ranks)):
+                return True
+    return False
 
 
 def _memory(program: Program, weights: dict[fx.Node, Layout], mesh: Mesh) -> str:

@@ -30,6 +30,7 @@ from fastpar.core.errors import PlanError
 from fastpar.core.inherit import inherited
 from fastpar.core.layout import Dim, Layout
 from fastpar.core.mesh import Mesh
+from fastpar.core.transfer import hands_over
 from fastpar.graph.pipeline import Pass, PassContext
 from fastpar.graph.program import Input, Program, source_line
 from fastpar.graph.tidy import dead_code
@@ -37,7 +38,7 @@ from fastpar.ops.collectives import COLLECTIVES, all_reduce, all_to_all, axes_of
 from fastpar.ops.displaced import plausible, share
 from fastpar.ops.late import late, message_layout, message_like, outgoing, side
 from fastpar.ops.terms import terms
-from fastpar.passes.displace import AXIS, hands_over, of_moments, own_shares, shifted
+from fastpar.passes.displace import AXIS, of_moments, own_shares, shifted
 
 aten = torch.ops.aten
 

@@ -167,6 +167,20 @@ def test_models_whose_rows_move_on_or_are_scaled_together(model: Any, said: str)
         fastpar.explain(lambda x: model(conv, x), (noise(),), plan="gather=2,displaced,steps(1:2)")
 
 
+def test_rows_are_cut_where_none_has_to_move_on() -> None:
+    """Rows that are halved and doubled: 14 of them on 3 ranks are 5, 5 and 4, and 6, 4 and 4 where these have strides."""
+    torch.manual_seed(0)
+    half, same = nn.Conv2d(2, 2, 3, 2, 1).double(), nn.Conv2d(2, 2, 3, padding=1).double()
+
+    def down_and_up(x: Tensor) -> Tensor:
+        return x + nn.functional.interpolate(same(half(x)), scale_factor=2.0)
+
+    x = torch.randn(1, 2, 14, 6).double()
+    for plan in ("gather=3,displaced,steps(1:2:1)", "gather=3,displaced"):
+        report = fastpar.verify(down_and_up, (x,), plan=plan)
+        assert report.ok, (report.notes, report.diverged_at)
+
+
 def compiled(model: Any) -> Any:
     torch._dynamo.reset()
     return torch.compile(model, backend="fastpar", options={"plan": "gather=1,displaced(warmup=1),steps(2)"})

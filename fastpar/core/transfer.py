@@ -229,3 +229,13 @@ def _sent_reducing(src: Layout, dst: Layout, mesh: Mesh) -> tuple[int, ...]:
         src = Layout(src.dims, dst.partial)
     src, dst = src.summed(), dst.summed()
     return tuple(reduced[rank] + transfer(src, dst, mesh, rank).sent for rank in range(mesh.ranks))
+
+
+@lru_cache(maxsize=16384)
+def hands_over(src: Layout, dst: Layout, mesh: Mesh, rank: int) -> bool:
+    """Whether a rank is left without rows, in some dimension, that others have after the exchange."""
+    for a, b in zip(src.dims, dst.dims, strict=True):
+        left = np.setdiff1d(a.rows(mesh, rank), b.rows(mesh, rank)) if a != b else ()
+        if len(left) and any(np.isin(left, b.rows(mesh, other)).any() for other in range(mesh.ranks)):
+            return True
+    return False

@@ -27,7 +27,7 @@ MUTANTS = (
         "if late and not _is_cut(", "if False and not _is_cut(", (TESTS, "-k", "same_on_all_ranks"),
     ),
     Mutant(
-        "rows may move on a step late", "passes/displace.py",
+        "rows may move on a step late", "fastpar/core/transfer.py",
         "if len(left) and any(", "if False and any(", (TESTS, "-k", "rows_that_move_on"),
     ),
     Mutant(

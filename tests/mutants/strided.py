@@ -32,6 +32,11 @@ MUTANTS = (
         (TESTS, "-k", "rows_move_on"),
     ),
     Mutant(
+        "rows are cut as for ranks that keep step", "passes/shard.py",
+        "options = [o for o in options if not _hands_rows_on(o[2].graph, mesh)] or options", "pass",
+        (TESTS, "-k", "none_has_to"),
+    ),
+    Mutant(
         "messages are waited for in front", "fastpar/run/meeting.py",
         "if all(there) and not wait:", "if False:", (TESTS, "-k", "waited_for_where"),
     ),
