@@ -168,7 +168,7 @@ def test_models_whose_rows_move_on_or_are_scaled_together(model: Any, said: str)
 
 
 def test_rows_are_cut_where_none_has_to_move_on() -> None:
-    """Rows that are halved and doubled: 14 of them on 3 ranks are 5, 5 and 4, and 6, 4 and 4 where these have strides."""
+    """Rows that are halved and doubled: 14 on 3 ranks are 5, 5 and 4, and 6, 4 and 4 where these have strides."""
     torch.manual_seed(0)
     half, same = nn.Conv2d(2, 2, 3, 2, 1).double(), nn.Conv2d(2, 2, 3, padding=1).double()
 
