@@ -73,29 +73,32 @@ def parallelize(pipe: Any, plan: str | Plan = "auto", *, decoder: str | Plan | N
 
 @contextlib.contextmanager
 def _put_together(pipe: Any, run: Generation) -> Iterator[None]:
-    """While it is entered, what the schedulers of ``pipe`` step to is what all ranks have."""
+    """While it is entered, what the schedulers of ``pipe`` step to is what all ranks have.
+
+    By their class, which a pipeline that copies its scheduler (for sound beside pictures) copies along.
+    """
     from diffusers import SchedulerMixin
 
     parts = pipe.components.values()
-    schedulers = [part for part in parts if isinstance(part, SchedulerMixin) and hasattr(part, "step")]
-    for scheduler in schedulers:
-        scheduler.step = _stepping(scheduler, run)
+    schedulers = [(part, type(part)) for part in parts if isinstance(part, SchedulerMixin) and hasattr(part, "step")]
+    for scheduler, kind in schedulers:
+        members = {"step": _stepping(kind.step, run), "__module__": kind.__module__, "__doc__": kind.__doc__}
+        scheduler.__class__ = type(kind.__name__, (kind,), members)
     try:
         yield
     finally:
-        for scheduler in schedulers:
-            del scheduler.step
+        for scheduler, kind in schedulers:
+            scheduler.__class__ = kind
 
 
-def _stepping(scheduler: Any, run: Generation) -> Callable[..., Any]:
-    step = scheduler.step
+def _stepping(step: Callable[..., Any], run: Generation) -> Callable[..., Any]:
     signature = inspect.signature(step)
 
     @functools.wraps(step)  # pipelines look at which arguments it takes
-    def stepped(*args: Any, **kwargs: Any) -> Any:
-        time = signature.bind(*args, **kwargs).arguments["timestep"]
-        out = step(*args, **kwargs)
-        last = bool(torch.as_tensor(time).flatten()[0] == scheduler.timesteps[-1].to(torch.as_tensor(time).device))
+    def stepped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        time = torch.as_tensor(signature.bind(self, *args, **kwargs).arguments["timestep"]).flatten()[0]
+        out = step(self, *args, **kwargs)
+        last = bool(time == self.timesteps[-1].to(time.device))
         if isinstance(out, tuple):
             return (run.gather(out[0], now=last), *out[1:])
         out.prev_sample = run.gather(out.prev_sample, now=last)

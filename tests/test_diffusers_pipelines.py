@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from typing import Any
 
 import pytest
+import torch
 
 import fastpar
 from fastpar.core.errors import FastparError, OptionError, PlanError
@@ -92,3 +94,26 @@ def test_once_is_enough(tmp_path: Any) -> None:
     assert draw().shape[0] == 1
     with pytest.raises(OptionError, match="parallelized before"):
         fastpar.parallelize(pipe, "ulysses=1")
+
+
+def test_a_scheduler_that_is_copied_steps_for_itself() -> None:
+    """Pipelines with sound beside pictures step a copy; both put together what they have stepped to."""
+    from fastpar.diffusers import _put_together
+    from fastpar.run.stream import Generation
+
+    class Twice:
+        def gather(self, latents: torch.Tensor) -> torch.Tensor:
+            return 2 * latents
+
+    pipe, _, _ = pipelines.flux()
+    pipe.scheduler.set_timesteps(3, mu=0.5)
+    kind, ones = type(pipe.scheduler), torch.ones(1, 4)
+    alone = [copy.deepcopy(pipe.scheduler), copy.deepcopy(pipe.scheduler)]
+    with Generation() as run, _put_together(pipe, run):
+        several = [pipe.scheduler, copy.deepcopy(pipe.scheduler)]
+        for i, t in enumerate(pipe.scheduler.timesteps):
+            run.stepped(Twice(), due=False)
+            for one, same in zip(several, alone, strict=True):
+                mine, plain = (s.step(ones, t, ones, return_dict=False)[0] for s in (one, same))
+                assert torch.equal(mine, plain * (2 if i == 2 else 1))  # behind the last step
+    assert type(pipe.scheduler) is kind and isinstance(several[1], kind)

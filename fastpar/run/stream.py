@@ -63,8 +63,8 @@ class Generation:
         self.calls: dict[Any, int] = defaultdict(int)  # per frame that Dynamo compiles
         self._kept: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
         self._entered: list[Token[Generation]] = []
-        self._rows: Gathers | None = None  # of latents, since ranks had the same ones
-        self._due = False  # whether all ranks have come to the same step
+        self._rows: Gathers | None = None  # of latents, where each rank steps its own
+        self._due = self._apart = False  # whether all ranks have come to the same step, and have other latents
         self.alone = False  # whether this call is one that other ranks do not run
 
     def kept(self, owner: object, make: Callable[[], T]) -> T:
@@ -88,13 +88,13 @@ class Generation:
         """
         if self._rows is None or not (now or self._due):
             return latents
-        rows, self._rows = self._rows, None
-        found: T = pytree.tree_map_only(torch.Tensor, rows.gather, latents)
+        self._apart = False
+        found: T = pytree.tree_map_only(torch.Tensor, self._rows.gather, latents)
         return found
 
     def stepped(self, rows: Gathers, due: bool) -> None:
         """Ranks have gone other steps. ``due``: a cycle ends here, which is when their latents are put together."""
-        self._rows, self._due = rows, due
+        self._rows, self._due, self._apart = rows, due, True
 
     def __enter__(self) -> Generation:
         self._entered.append(_current.set(self))
@@ -102,7 +102,7 @@ class Generation:
 
     def __exit__(self, kind: Any = None, *error: object) -> None:
         _current.reset(self._entered.pop())
-        if kind is None and self._rows is not None and not self._entered:
+        if kind is None and self._apart and not self._entered:
             raise FastparError(
                 "the sampling run ended with other latents on every rank: under a plan with 'steps', call "
                 "gather(latents, now=True) of the generation after the last step, or give the pipeline to "
