@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from fastpar.backends.onesided.rewrite import of_all, planned, rewrite, said
 from fastpar.backends.simulate import run_calls, run_local
@@ -326,8 +325,3 @@ def _transported(built: Built, transport: str) -> list[str]:
     if built.first is not None:
         return [f"two-sided, though transport is 'one-sided': {DISPLACED}"]
     return [said(planned(of_all(built.lowered, built.mesh), "explain"))]
-
-
-def outputs_of(value: Any) -> list[torch.Tensor]:
-    """Tensors of a model's output, in order."""
-    return [t for t in pytree.tree_leaves(value) if isinstance(t, torch.Tensor)]
