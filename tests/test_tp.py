@@ -132,6 +132,14 @@ def test_every_pass_is_exact_on_small_programs(name: str, options: dict[str, obj
         prove(case, Way.of(plan, case.program))
 
 
+@pytest.mark.parametrize("plan", ["ulysses=2,tp=2", "ulysses=3,tp=2", "ulysses=2,ring=2,tp=2"])
+@pytest.mark.parametrize("pick", [1, 2])
+def test_grouped_heads_are_cut_further_within_a_ranks_own(plan: str, pick: int) -> None:
+    """Query heads whose keys are shared stay in the order that tp, and then Ulysses, shares them out in."""
+    case = build(Recipe(tokens=7, heads=6, width=2, steps=(("odd_heads", {"kv": "grouped", "pick": pick}),)))
+    prove(case, Way.of(plan, case.program))
+
+
 class Residual(torch.nn.Module):
     """A U-Net's residual block: group norms, convolutions, the time added between."""
 

@@ -7,7 +7,7 @@ so the rule only makes queries and keys agree. Width is contracted and stays who
 
 from __future__ import annotations
 
-from fastpar.core.layout import Dim, Layout
+from fastpar.core.layout import Atom, Dim, Layout
 from fastpar.core.mesh import Mesh
 from fastpar.core.regroup import disjoint
 from fastpar.rules.factor import FactorRule, Factors
@@ -75,8 +75,9 @@ class AttentionRule(Rule):
             if i > 0 and atom is not None and group * x.dims[d].size == size:
                 return Dim.of([atom.scaled(group)])
             if i == 0 and atom is not None and group > 1:
-                axes = mesh.ordered(atom.axes)
-                return Dim.shared(size, axes, mesh, group)
+                if _whole_groups(atom, group):
+                    return x.dims[d]
+                return Dim.shared(size, mesh.ordered(atom.axes), mesh, group)
         return Dim.whole(size)
 
     def _kv_lead(self, call: Call, operand: int, heads: list[Dim]) -> tuple[Dim, ...]:
@@ -112,6 +113,11 @@ def _merge(call: Call) -> Factors:
     rows = tuple(f"d{i}" for i in range(len(call.shapes[1])))
     names = ((*rows, "e"), rows)
     return Factors((*names, *names), names)
+
+
+def _whole_groups(atom: Atom, group: int) -> bool:
+    """Whether no rank has a part of the ``group`` query heads that share one of the keys'."""
+    return len(atom.segs) == 1 and not atom.segs[0].offsets and all(part % group == 0 for part in atom.segs[0].parts)
 
 
 def kv_head_dim(dim: Dim, size: int) -> Dim:
