@@ -31,6 +31,8 @@ _INTRO = """# Published latencies, predicted
   (its paper: 1.5 to 2.0); convolutions of decoders reach 0.35 of what products reach; prompts of unsaid length have
   128 tokens where the pipeline does not pad them. The factors of the cache and of convolutions are assumptions that
   were kept because they lowered the error of fitted rows left out of the fit (five folds).
+- **DistriFusion's rows** are replayed CUDA graphs, its library's default: kernels as eager has them, and no launches
+  from Python. Its patches are read as rows of the whole batch; whether guidance was split first is unsaid.
 - **fp8** counts products at twice the rate and half the bytes of weights; attention stays bf16.
 - **Without the hardware** repeats the fit without a device's rows and predicts them from its data sheet and the other
   devices' mean efficiencies.
