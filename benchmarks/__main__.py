@@ -19,6 +19,7 @@ COMMANDS = {
     "verify_speed": ["benchmarks.verify_speed"],
     "quality": ["benchmarks.quality"],
     "launches": ["benchmarks.launches"],
+    "peers": ["benchmarks.peers"],
 }
 
 

@@ -233,6 +233,32 @@ def test_peers_run_unmodified(world: Any, monkeypatch: pytest.MonkeyPatch) -> No
         peers.PEERS["yunchang ulysses"](made.shared(), 8)
 
 
+def test_what_a_peer_s_hooks_do_to_its_code_leaves_other_entries_alone(
+    world: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dynamo gives up the code of a forward whose graph breaks: for every model that is compiled from it."""
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    made = models.make("flux", "tiny", torch.device("cpu"))
+    with torch.no_grad():
+        first = torch.compile(made.shared(), backend="eager", dynamic=False)
+        other = peers.compiled(peers.diffusers_ulysses, backend="eager")(made.shared(), 8)
+        for model in (first, other):
+            model(**made.inputs)
+        before = timing.conversions()
+        first(**made.inputs)
+        assert timing.conversions() == before
+        other(**made.inputs)
+        found = timing.paired({"first": lambda: first(**made.inputs)}, torch.device("cpu"), rounds=1)
+        assert "recompiled" not in found["first"]
+
+
+def test_what_compiles_while_it_is_timed_says_so() -> None:
+    sizes = iter(range(3, 9))
+    call = torch.compile(lambda x: x + 1, backend="eager", dynamic=False)
+    found = timing.paired({"one": lambda: call(torch.zeros(next(sizes)))}, torch.device("cpu"), rounds=2, warm=1)
+    assert found["one"]["recompiled"] == 2
+
+
 @pytest.mark.slow
 def test_steps_ranks_and_hoist() -> None:
     part = Part("tiny", 600, match=("eager",))

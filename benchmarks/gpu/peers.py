@@ -57,16 +57,18 @@ def cache_dit(model: Any, ranks: int) -> Run:
 
 
 def para_attn(model: Any, ranks: int) -> Run:
-    """As its FLUX example does, with heads and no ring."""
+    """As its examples do, with heads and no ring. Raises ValueError for a model that it has no adapter for."""
     made = _imported("para_attn.context_parallel").init_context_parallel_mesh(
         next(model.parameters()).device.type, max_ring_dim_size=1
     )
-    return _imported("para_attn.context_parallel.diffusers_adapters.flux").parallelize_transformer(model, mesh=made)
+    return _imported("para_attn.context_parallel.diffusers_adapters").parallelize_transformer(model, mesh=made)
 
 
 def yunchang(model: Any, ranks: int) -> Run:
     """yunchang is an attention; around it stands what xDiT's pipelines do: tokens are cut, outputs gathered."""
     lib = _imported("yunchang")
+    if type(model).__name__ != "FluxTransformer2DModel":
+        raise Unavailable("is an attention alone; here it is put into FLUX only")
     flux = _imported("diffusers.models.transformers.transformer_flux")
     lib.set_seq_parallel_pg(ranks, 1, dist.get_rank(), ranks)
     gpu = next(model.parameters()).is_cuda
@@ -98,8 +100,12 @@ def yunchang(model: Any, ranks: int) -> Run:
 
 
 def compiled(peer: Callable[[Any, int], Run], **options: Any) -> Callable[[Any, int], Run]:
-    """The peer under torch.compile, as its own documentation does."""
-    return lambda model, ranks: torch.compile(peer(model, ranks), **options)
+    """The peer under torch.compile, as its own documentation does.
+
+    Its shapes are fixed, as they are in a process that has only compiled this: by default Dynamo takes other sizes that
+    the same line of code was called with, whoever called it, for a reason to make sizes symbols.
+    """
+    return lambda model, ranks: torch.compile(peer(model, ranks), dynamic=False, **options)
 
 
 PEERS: dict[str, Callable[[Any, int], Run]] = {

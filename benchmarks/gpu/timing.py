@@ -18,14 +18,20 @@ Run = Callable[[], Any]
 
 
 def paired(runs: Mapping[str, Run], device: torch.device, rounds: int = 7, warm: int = 2) -> dict[str, dict[str, Any]]:
-    """By name the median of milliseconds, its spread, and the median of ratios to the first one in the same round."""
+    """By name the median of milliseconds, its spread, and the median of ratios to the first one in the same round.
+
+    ``recompiled`` is how often Dynamo was asked for new code meanwhile, where it was: such a time is not a step's.
+    """
     for run in runs.values():
         for _ in range(warm):
             run()
     took: dict[str, list[float]] = {name: [] for name in runs}
+    compiled = dict.fromkeys(runs, 0)
     for _ in range(rounds):
         for name, run in runs.items():
+            before = conversions()
             took[name].append(seconds(run, device))
+            compiled[name] += conversions() - before
     base = next(iter(took.values()))
     return {
         name: {
@@ -33,9 +39,17 @@ def paired(runs: Mapping[str, Run], device: torch.device, rounds: int = 7, warm:
             "least": 1e3 * min(mine),
             "most": 1e3 * max(mine),
             "speedup": statistics.median(b / m for b, m in zip(base, mine, strict=True)),
+            **({"recompiled": compiled[name]} if compiled[name] else {}),
         }
         for name, mine in took.items()
     }
+
+
+def conversions() -> int:
+    """How many frames Dynamo was asked to compile in this process so far."""
+    from torch._dynamo.utils import counters
+
+    return int(counters["frames"]["total"])
 
 
 def on_device(run: Run, device: torch.device, calls: int = 20, rounds: int = 5) -> float:
