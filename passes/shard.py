@@ -33,6 +33,9 @@ from fastpar.sharding.work import busiest
 
 REPEATED = 1.25  # work of the busiest rank over the least that any choice leaves it: more, and rows were missed
 
+Cut = tuple[Seed, tuple[str, ...]]
+"""A seed and the mesh axes that it is cut over."""
+
 
 @dataclass(frozen=True)
 class Shard(Pass):
@@ -68,11 +71,11 @@ class Shard(Pass):
         gm.recompile()
         return out
 
-    def _batch(self, program: Program, ctx: PassContext) -> list[tuple[Seed, tuple[str, ...]]]:
+    def _batch(self, program: Program, ctx: PassContext) -> list[Cut]:
         """Seeds of the batch. Without one the axis splits nothing inside a call: whole calls are dealt along it."""
         candidate = find_batch(program.graph, program.fixed)
         if candidate is not None:
-            seeds: list[tuple[Seed, tuple[str, ...]]] = [(seed, ("cfg",)) for seed in candidate.seeds]
+            seeds: list[Cut] = [(seed, ("cfg",)) for seed in candidate.seeds]
             # first dimensions that an attention mixes are tokens of a model that has no batch
             if not split_keys(Inserter(program.graph, ctx.mesh, seeds).run().graph):
                 return seeds
@@ -108,7 +111,7 @@ class Shard(Pass):
         mesh: Mesh,
         tokens: tuple[str, ...],
         candidates: list[Candidate],
-        batch: list[tuple[Seed, tuple[str, ...]]],
+        batch: list[Cut],
         weights: dict[fx.Node, Layout],
         ctx: PassContext,
     ) -> Sharded:
@@ -121,8 +124,8 @@ class Shard(Pass):
             units = [1]
             while units:
                 unit = units.pop(0)
-                seeds = [(seed, tokens) for seed in candidate.seeds]
-                result = Inserter(graph, mesh, [*batch, *seeds], unit, weights, known).run()
+                seeds = together(batch, [(seed, tokens) for seed in candidate.seeds], mesh)
+                result = Inserter(graph, mesh, seeds, unit, weights, known).run()
                 if unit == 1:
                     units += sorted(result.units | (_COARSE if mesh.strides else set()))
                 options.append((busiest(result.graph, mesh), predicted_bytes(result, mesh), result))
@@ -137,6 +140,17 @@ class Shard(Pass):
         if len(tried) > 1:
             ctx.notes.append("shard tried " + "; ".join(tried) + f"; chose {moved / 1e6:.3f} MB")
         return best
+
+
+def together(batch: list[Cut], rows: list[Cut], mesh: Mesh) -> list[Cut]:
+    """All that is cut. Rows that are the batch (of products without tokens, or where a batch was merged with them) are
+    one dimension, cut over the axes of both, if there are more of them than the batch's axes can take."""
+    both = {seed: axes for seed, axes in rows}
+    out = []
+    for seed, axes in batch:
+        more = both.pop(seed, ()) if seed.pos.size > mesh.size(axes) else ()
+        out.append((seed, mesh.ordered({*axes, *more})))
+    return [*out, *((seed, axes) for seed, axes in rows if seed in both)]
 
 
 _COARSE = {2, 4, 8, 16, 32}

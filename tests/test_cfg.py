@@ -104,6 +104,19 @@ class Normalised(torch.nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize(
+    ("rows", "plan", "busiest"),
+    [(9, "cfg=2,ulysses=2", 3), (9, "cfg=2,gather=3", 2), (2, "cfg=2,ulysses=2", 1), (9, "cfg=2,ulysses=2,tp=2", 3)],
+)
+def test_rows_that_are_the_batch_are_cut_over_both(rows: int, plan: str, busiest: int) -> None:
+    """An expert of a mixture has a graph of its own, whose rows are those of tokens and batch together."""
+    torch.manual_seed(0)
+    expert = torch.nn.Sequential(torch.nn.Linear(6, 16), torch.nn.GELU(), torch.nn.Linear(16, 6)).double().eval()
+    report = fastpar.verify(expert, (torch.randn(rows, 6).double(),), plan=plan)
+    assert report.ok and not report.fallbacks
+    assert report.flops_share == pytest.approx(busiest / rows / (2 if "tp" in plan else 1), abs=1e-3)
+
+
 def test_channels_of_kernels_are_no_batch() -> None:
     torch.manual_seed(0)
     captured = fastpar.capture(Normalised().double().eval(), (torch.randn(2, 2, 11).double(),))
