@@ -34,7 +34,7 @@ from fastpar.run.launch import joined, launch
 from fastpar.run.stream import generation
 
 WARM = 3
-PAGE = Path("docs/peers.md")
+RESULTS, PAGE = Path("benchmarks/results/peers.json"), Path("docs/peers.md")
 BEGIN, END = "<!-- table -->\n", "<!-- end -->"
 
 
@@ -261,10 +261,10 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--match", nargs="+", default=[], help="entries whose names have one of these")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--page", action="store_true", help=f"only write the table of --out into {PAGE}")
+    parser.add_argument("--page", action="store_true", help=f"only write the table of {RESULTS} into {PAGE}")
     args = parser.parse_args()
     if args.page:
-        page(json.loads(args.out.read_text())["results"]["models"])
+        page(json.loads(RESULTS.read_text())["results"]["models"])
         return 0
     found = []
     for model in args.models:
