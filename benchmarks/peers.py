@@ -27,7 +27,7 @@ import torch.distributed as dist
 
 from benchmarks.gpu.models import MODELS, Made, make
 from benchmarks.gpu.part import Unavailable
-from benchmarks.gpu.peers import PEERS
+from benchmarks.gpu.peers import PEERS, arrived
 from benchmarks.gpu.timing import conversions
 from fastpar.graph.capture import raise_recompile_limits
 from fastpar.run.launch import joined, launch
@@ -172,7 +172,7 @@ def _prepared(name: str, made: Made, whole: torch.Tensor, ranks: int) -> Entry:
 
 
 def _output(model: Callable[..., Any], inputs: dict[str, Any]) -> torch.Tensor:
-    return model(**inputs)[0]
+    return arrived(model(**inputs)[0])
 
 
 def _turn(entry: Entry) -> float:

@@ -226,7 +226,7 @@ def test_peers_run_unmodified(world: Any, monkeypatch: pytest.MonkeyPatch) -> No
     with torch.no_grad():
         call = ranks.called(made, "diffusers ulysses", "h100-8")
         world.reset()
-        call()
+        assert type(call()) is torch.Tensor  # arrived: diffusers returns it while its last collective is under way
     assert world.tallies["all_to_all"].count == 4 * 2
     with pytest.raises(Unavailable, match="yunchang cannot be imported"):
         monkeypatch.setitem(__import__("sys").modules, "yunchang", None)

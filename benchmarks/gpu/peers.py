@@ -108,6 +108,16 @@ def compiled(peer: Callable[[Any, int], Run], **options: Any) -> Callable[[Any, 
     return lambda model, ranks: torch.compile(peer(model, ranks), dynamic=False, **options)
 
 
+def arrived(out: torch.Tensor) -> torch.Tensor:
+    """``out`` when the last collective has ended: diffusers, uncompiled, returns what is still under way.
+
+    A time that ends before that leaves out what its user waits for next, and a profile may miss the collective.
+    """
+    from torch.distributed._functional_collectives import AsyncCollectiveTensor
+
+    return out.wait() if isinstance(out, AsyncCollectiveTensor) else out
+
+
 PEERS: dict[str, Callable[[Any, int], Run]] = {
     "diffusers ulysses": diffusers_ulysses,
     "diffusers ulysses, compiled": compiled(diffusers_ulysses),

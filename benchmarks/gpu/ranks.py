@@ -17,7 +17,7 @@ import torch
 import fastpar
 from benchmarks.gpu.models import Made, make
 from benchmarks.gpu.part import Part, run
-from benchmarks.gpu.peers import PEERS
+from benchmarks.gpu.peers import PEERS, arrived
 from benchmarks.gpu.timing import extras, paired
 from fastpar import emulate
 from fastpar.core.plan import Plan
@@ -90,11 +90,11 @@ def called(made: Made, name: str, topology: str) -> Callable[[], Any]:
     split = OURS[name].build(model, topology) if name in OURS else PEERS[name](model, RANKS)
     steps = fastpar.generation(streams=1)  # calls are steps of one sampling run, though they have the same inputs
 
-    def call() -> Any:
+    def call() -> torch.Tensor:
         with steps:
-            return split(**made.inputs)
+            return arrived(split(**made.inputs)[0])
 
-    (out,) = call()
+    out = call()
     whole = made.inputs["hidden_states"].shape
     if tuple(out.shape) != tuple(whole):
         raise ValueError(f"gives {tuple(out.shape)} instead of {tuple(whole)}: not the whole output")
