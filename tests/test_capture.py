@@ -346,6 +346,21 @@ def test_hash_is_equal_across_processes():
     assert first == again != other and len(first) == 64
 
 
+def test_constants_are_hashed_where_torch_compile_calls_its_backends():
+    model = nn.Linear(4, 4)
+
+    def call(x):
+        return model(x) * torch.tensor([1.0, 2.0, 3.0, 4.0])
+
+    x = torch.randn(3, 4)
+    found = capture(call, (x,)).programs[0].program
+    with FakeTensorMode():  # no real tensor may be touched then
+        inside = found.hash()
+    assert inside == found.hash()
+    with torch.no_grad():
+        assert torch.equal(torch.compile(call, backend="fastpar", options={"plan": "ulysses=1"})(x), call(x))
+
+
 def test_hash_leaves_out_the_device_index():
     def build(device, value=0):
         graph = torch.fx.Graph()

@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 
 import torch
 import torch.fx as fx
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
 
 Stage = Literal["captured", "sharded", "lowered", "scheduled", "localised"]
@@ -197,9 +198,10 @@ def _constant_text(value: Any) -> str:
     text = f"{value.dtype}{list(value.shape)}"
     if type(value) is not torch.Tensor or value.device.type == "meta":  # fake: no values to compare
         return text
-    data = value.detach().cpu().contiguous()
-    data = data.reshape(-1).view(torch.uint8) if data.numel() else data
-    return f"{text} {hashlib.sha256(data.numpy().tobytes()).hexdigest()}"
+    with unset_fake_temporarily():  # in which torch.compile calls its backends
+        data = value.detach().cpu().contiguous()
+        data = data.reshape(-1).view(torch.uint8) if data.numel() else data
+        return f"{text} {hashlib.sha256(data.numpy().tobytes()).hexdigest()}"
 
 
 _FRAME = re.compile(r'^\s*File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<func>\S+)\s*$')
