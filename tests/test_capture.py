@@ -242,6 +242,21 @@ def test_attention_of_torch_itself_keeps_its_strides():
     assert targets(found)[str(attention)] == 1
 
 
+@pytest.mark.parametrize(("shape", "given"), [((5, 5), {"fill_value": 2.0}), ((3, 5), {"wrap": False, "fill_value": 2}),
+                                              ((6, 3), {"fill_value": True})])  # fmt: skip
+def test_a_diagonal_is_filled_in_a_part_of_a_tensor(shape, given):
+    """As perturbed attention (PAG) makes its masks. Through torch's own view AOT refuses it."""
+
+    def call(x):
+        mask = torch.zeros(9, 9, dtype=x.dtype)
+        part = mask[2 : 2 + shape[0], 1 : 1 + shape[1]]
+        part.fill_(-7.0)
+        filled = part.fill_diagonal_(**given)
+        return mask + x, filled.clone()
+
+    checked(call, (torch.randn(9, 9).double(),))
+
+
 # Refusals.
 
 

@@ -2,7 +2,7 @@
 
 On Dynamo's graph ``F.scaled_dot_product_attention`` and ``F.interpolate`` are
 still calls. AOT would make of them a kernel that depends on device and mask, or
-index arithmetic.
+index arithmetic; and it refuses the view through which a diagonal is filled.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ aten = torch.ops.aten
 
 
 def keep_whole(gm: fx.GraphModule) -> list[str]:
-    """Replace attention and interpolation on a Dynamo graph, in place, in all its subgraphs.
+    """Replace attention, interpolation and filled diagonals on a Dynamo graph, in place, in all its subgraphs.
 
     Returns what a report should say about that. Raises :class:`CaptureError` for attention with dropout.
     """
@@ -36,6 +36,8 @@ def keep_whole(gm: fx.GraphModule) -> list[str]:
         for node in list(module.graph.nodes):
             if is_flex(node):
                 notes += replace_flex(module, node)
+            elif node.op == "call_method" and node.target == "fill_diagonal_":
+                _replace_diagonal(node)
             elif node.op == "call_function" and not replace_attention(node, _example_rank):
                 _replace_resampling(node)
         module.recompile()
@@ -131,6 +133,27 @@ def _replace_resampling(node: fx.Node) -> None:
     with node.graph.inserting_before(node):
         new = node.graph.call_function(resample, new_args)
     new.meta = dict(node.meta)
+    node.replace_all_uses_with(new)
+    node.graph.erase_node(node)
+
+
+def _replace_diagonal(node: fx.Node) -> None:
+    """``fill_diagonal_`` of a matrix, as masks of perturbed attention have it, as ``masked_fill_``.
+
+    torch writes through ``as_strided``, which AOT does not take for what was written in a part of something else.
+    """
+    given = {**dict(zip(("x", "fill_value", "wrap"), node.args, strict=False)), **node.kwargs}
+    x = given["x"]
+    shape, device = _example(x).shape, _example(x).device
+    if len(shape) != 2 or given.get("wrap"):  # which begins again below the square
+        return
+    with node.graph.inserting_before(node):
+        rows, columns = (node.graph.call_function(torch.arange, (n,), {"device": device}) for n in shape)
+        rows = node.graph.call_method("unsqueeze", (rows, 1))
+        diagonal = node.graph.call_function(torch.eq, (rows, columns))
+        new = node.graph.call_method("masked_fill_", (x, diagonal, given["fill_value"]))
+    for made in (rows, columns, diagonal, new):
+        made.meta = {k: v for k, v in node.meta.items() if made is new or k not in ("val", "example_value")}
     node.replace_all_uses_with(new)
     node.graph.erase_node(node)
 
