@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from itertools import permutations
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import fx, nn
 
 import fastpar
 from fastpar.core.layout import even_parts, filling_parts
+from fastpar.rules import Pos
+from fastpar.sharding.candidates import Seed, Walk
 
 WIDTH = 12
 
@@ -145,3 +148,14 @@ def test_of_an_input_these_rows_are_even_that_are_taken(plan: str, keys: str) ->
     assert report.ok and not report.fallbacks
     assert report.flops_share == pytest.approx(report.attainable_share)
     assert {c.why for c in report.collectives} <= {"output", "attention"}
+
+
+def test_seeds_have_one_order() -> None:
+    """They come as a set, which every process has in another order; ranks must come to the same program."""
+    graph = fx.Graph()
+    x, y = graph.placeholder("x"), graph.placeholder("y")
+    seeds = [Seed(x, Pos(1, 1, 24, 1)), Seed(x, Pos(2, 1, 10, 4)), Seed(x, Pos(2, 1, 5, 8)), Seed(x, Pos(2, 2, 5, 4)),
+             Seed(y, Pos(0, 1, 7, 1))]  # fmt: skip
+    for given in permutations(seeds):
+        found = Walk().candidate(graph, given).seeds
+        assert found == (*seeds[:2], seeds[3], seeds[2], seeds[4])  # of one dimension the finest first

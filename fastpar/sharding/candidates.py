@@ -167,7 +167,11 @@ class Walk:
         return known[node, pos]
 
     def candidate(self, graph: fx.Graph, seeds: Iterable[Seed], attentions: Sequence[fx.Node] = ()) -> Candidate:
-        """``seeds`` in the graph's order, each with the rows of others that stand before it."""
+        """``seeds`` in the graph's order, each with the rows of others that stand before it.
+
+        Of several factors of one dimension the finest comes first, and is cut: shares are the more even. The order is
+        total, for ranks must come to the same program, and sets have another order in each process.
+        """
         order = {n: i for i, n in enumerate(graph.nodes)}
         ahead: dict[Seed, int] = {}
         for parts in self._concatenated():
@@ -177,7 +181,8 @@ class Walk:
                     ahead.update(dict.fromkeys(found, rows))
                     rows += size
         placed = [Seed(s.node, s.pos, ahead.get(s, 0)) for s in seeds]
-        return Candidate(tuple(sorted(placed, key=lambda s: (order[s.node], s.pos.dim))), tuple(attentions))
+        placed.sort(key=lambda s: (order[s.node], s.pos.dim, s.pos.inner, s.pos.outer, s.pos.start, s.pos.size))
+        return Candidate(tuple(placed), tuple(attentions))
 
     def _concatenated(self) -> Iterator[list[tuple[frozenset[Seed], int]]]:
         """(seeds, rows) of each part, for every concatenation of rows that was walked through, inner ones first."""

@@ -100,7 +100,7 @@ def layouts_of(groups: Collection[Group], axes: tuple[str, ...], mesh: Mesh) -> 
             parts = tuple(n * each for n in grains)
             pieces.setdefault((seed.node, seed.pos.dim), {})[seed.pos] = parts
     out: dict[fx.Node, Layout] = {}
-    for (node, dim), held in pieces.items():
+    for (node, dim), held in sorted(pieces.items(), key=lambda item: item[0]):  # of sets, so in no order
         layout = out.get(node) or Layout.whole(node.meta["val"].shape)
         cut = _dim(layout.shape[dim], held, axes)
         if cut is not None and layout.is_whole:
@@ -148,7 +148,7 @@ def _dim(size: int, held: Mapping[Pos, tuple[int, ...]], axes: tuple[str, ...]) 
     """``held`` factors of one dimension as its segments, what is between them whole; None where they overlap."""
     segs: list[Seg] = []
     at = 0
-    for pos, parts in sorted(held.items(), key=lambda item: item[0].start):
+    for pos, parts in sorted(held.items(), key=lambda item: (item[0].start, item[0].outer, item[0].size)):
         if pos.start < at:
             return None
         one = Seg(pos.size * pos.inner, axes, parts)
