@@ -8,6 +8,7 @@ each graph of a model is drop-in by itself and a graph break cannot give a wrong
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -19,10 +20,11 @@ import torch
 
 from fastpar.core.errors import FastparError, OptionError
 from fastpar.core.options import Options
-from fastpar.graph.capture import compile_fx
+from fastpar.graph.capture import Finish, check_reads, compile_fx
 from fastpar.graph.devices import device_of
 from fastpar.graph.dump import dumper
 from fastpar.graph.program import Program
+from fastpar.graph.unbroken import unbroken
 from fastpar.registry import LOWERINGS
 from fastpar.run.agree import agree, compiling, meet
 from fastpar.run.alike import alike
@@ -43,6 +45,7 @@ log = logging.getLogger("fastpar")
 _compiled = {"count": 0}
 
 
+@unbroken
 def fastpar(
     gm: torch.fx.GraphModule,
     example_inputs: Sequence[Any],
@@ -59,11 +62,13 @@ def fastpar(
     if unknown:
         raise OptionError(f"unknown arguments {sorted(unknown)}; the backend takes options= and mode=")
     group = group_of((options or {}).get("mesh"))
+    check_reads(gm, example_inputs)
     with compiling(group):
         chosen = Options.from_user(options, mode)
         hold, last = any(map(is_shell, example_inputs)), ends_frame(gm)
         examples = whole_examples(example_inputs)
-        return compile_fx(gm, examples, lambda program: finish(program, chosen, group, last, hold))
+        finished: Finish = lambda program: finish(program, chosen, group, last, hold)  # noqa: E731
+        return compile_fx(gm, examples, finished, functools.partial(compiling, group))
 
 
 def finish(program: Program, options: Options, group: Any, last: bool = False, hold: bool = False) -> Runner:

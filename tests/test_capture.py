@@ -289,16 +289,16 @@ def test_dropout_in_attention_is_refused():
         capture(lambda q: F.scaled_dot_product_attention(q, q, q, dropout_p=0.5), (torch.ones(1, 1, 2, 2),))
 
 
-def test_shapes_that_depend_on_values_are_refused_or_split():
-    def fn(x):
-        return torch.zeros(int(x.sum())) + 1
+@pytest.mark.parametrize("option", [False, True])
+def test_shapes_that_depend_on_values(option):
+    """More of it in test_sizes.py. What the user's own options are makes no difference."""
 
-    x = torch.ones(3)
-    assert capture(fn, (x,)).outputs.shape == (3,)
-    torch._dynamo.reset()
-    with torch._dynamo.config.patch(capture_scalar_outputs=True):
-        with pytest.raises(CaptureError, match="depends on the values of tensors at .*test_capture.py"):
-            capture(fn, (x,))
+    def fn(x, lengths):
+        return torch.zeros(int(x.sum())) + 1, torch.zeros(int(lengths.max())) + 1
+
+    with torch._dynamo.config.patch(capture_scalar_outputs=option):
+        one, other = capture(fn, (torch.ones(3), torch.tensor([2, 5]))).outputs
+    assert one.shape == (3,) and other.shape == (5,)
 
 
 def test_autocast():

@@ -9,7 +9,7 @@ results, for ``verify``, ``explain`` and tests.
 symbols. A symbol that occurs in the shape of any tensor, of an input or in
 between, is specialised here (Dynamo then guards on it): one program per shape,
 with plain integers. Integers and floats that are only values, such as a
-timestep, stay inputs.
+timestep, stay inputs. Sizes that tensors' values decide: :mod:`fastpar.graph.sizes`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,17 +28,19 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import BackendCompilerFailed, exceptions_allowed_to_be_fallback
 from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from fastpar.core.errors import CaptureError
 from fastpar.graph.decompose import TABLE
 from fastpar.graph.devices import accelerator, on_one_device
 from fastpar.graph.modules import name_modules
 from fastpar.graph.normalise import keep_whole
-from fastpar.graph.program import Input, Kind, Program, copy_module, source_line
+from fastpar.graph.program import Input, Kind, Program, copy_module
+from fastpar.graph.reads import reads_of, reads_values, symbols
 from fastpar.graph.scalars import floats_as_tensors, numbers_as_indices, scalar_tensors_stay
 from fastpar.graph.scores import replace_written
+from fastpar.graph.sizes import Sized
 from fastpar.graph.tidy import tidy
+from fastpar.graph.unbroken import unbroken
 
 Runner = Callable[[list[Any]], Sequence[Any]]
 Finish = Callable[[Program], Runner]
@@ -60,24 +63,62 @@ def raise_recompile_limits() -> None:
         config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 8 * RECOMPILE_LIMIT)
 
 
-def compile_fx(gm: fx.GraphModule, example_inputs: Sequence[Any], finish: Finish) -> Callable[..., Any]:
+def compile_fx(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    finish: Finish,
+    later: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
+) -> Callable[..., Any]:
     """Compile one Dynamo graph: build its :class:`Program` and run what ``finish`` makes of it.
 
     ``finish(program)`` is called once and returns the runner: a function from
     the list of flat inputs (which it may empty, to free them early) to the
     sequence of outputs. Returns what a ``torch.compile`` backend must return.
+    Where tensors decide sizes (:mod:`~fastpar.graph.sizes`), programs are built,
+    and finished, in the calls that first meet their sizes, inside ``later()``.
 
     Raises :class:`CaptureError` when the graph would need gradients or has
-    inputs on several accelerators.
+    inputs on several accelerators, ``Broken`` where reads of tensors' values
+    should split it.
     """
     raise_recompile_limits()
     _check_gradients(gm)
     described = [describe(node) for node in gm.graph.find_nodes(op="placeholder")]
     accelerator(zip((i.name for i in described), example_inputs, strict=True))
     gm = copy_module(gm)
-    example_inputs = _specialise(gm, example_inputs)
-    floats_as_tensors(gm)
+    sized = _sized(gm, example_inputs, described)
+    if sized is None:
+        return _compile(gm, _specialise(gm, example_inputs), described, finish)
+
+    def compile(gm: fx.GraphModule, examples: list[Any], inputs: list[Input]) -> Callable[..., Any]:
+        with later():
+            return _compile(gm, examples, inputs, finish)
+
+    return sized.compiling(compile)
+
+
+def check_reads(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
+    """Raise ``Broken`` where :func:`compile_fx` would, so that nobody else hears of a graph that will not be used."""
+    if reads_values(gm):
+        described = [describe(node) for node in gm.graph.find_nodes(op="placeholder")]
+        _sized(copy_module(gm), example_inputs, described)
+
+
+def _sized(gm: fx.GraphModule, example_inputs: Sequence[Any], described: list[Input]) -> Sized | None:
+    """The graph as one in which tensors decide sizes, if they do; ``gm`` is changed."""
     numbers_as_indices(gm)
+    reads = reads_of(gm, described)
+    if not reads:
+        return None
+    known = symbols([node.meta["example_value"] for node in reads], known=True)
+    return Sized(gm, example_inputs, _specialise(gm, example_inputs, known), described, reads)
+
+
+def _compile(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], described: Sequence[Input], finish: Finish
+) -> Callable[..., Any]:
+    """One graph whose sizes are all known."""
+    floats_as_tensors(gm)
     notes = keep_whole(gm)
 
     def inference(flat: fx.GraphModule, flat_inputs: Sequence[Any]) -> Callable[[list[Any]], Any]:
@@ -170,21 +211,18 @@ def _shape_symbols(value: Any) -> Iterable[torch.SymInt]:
             yield from _shape_symbols(item)
 
 
-def _specialise(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[Any]:
+def _specialise(gm: fx.GraphModule, example_inputs: Sequence[Any], read: Set[Any] = frozenset()) -> list[Any]:
     """Fix every symbol that occurs in a shape; give the inputs with integer shapes.
 
     ``int(symbol)`` makes Dynamo guard on the number: another shape is another compile. All values
     of the graph count, not only inputs: a range over a number that is an input has its shape.
+    What tensors' values decide, ``read`` among it, is known later.
     """
     for node in gm.graph.nodes:
         for number in _shape_symbols(node.meta.get("example_value")):
-            try:
-                int(number)
-            except GuardOnDataDependentSymNode as error:
-                raise CaptureError(
-                    f"a shape depends on the values of tensors at {source_line(node)}. Leave Dynamo's options "
-                    "capture_scalar_outputs and capture_dynamic_output_shape_ops off: it then splits the graph"
-                ) from error
+            env = number.node.shape_env
+            for symbol in number.node.expr.free_symbols - symbols(number) - read:
+                int(env.create_symintnode(symbol, hint=None))
     for node in gm.graph.find_nodes(op="placeholder"):
         value = node.meta.get("example_value")
         if isinstance(value, torch.SymInt) and value.node.expr.is_number:
@@ -297,6 +335,7 @@ def capture(model: Callable[..., Any], inputs: Inputs, dynamic: bool | None = Fa
         stack.enter_context(torch.no_grad())
         args, kwargs = call_arguments(inputs)
 
+        @unbroken
         def recording(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
             return compile_fx(gm, example_inputs, session.runner)
 

@@ -28,6 +28,7 @@ from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 _ARITHMETIC = {operator.add, operator.sub, operator.mul, operator.truediv, operator.neg}
 _TENSOR = {torch.tensor, torch._refs.tensor}
+_NOT_IN_PLACE = {operator.and_, operator.or_, operator.not_, operator.is_}  # named so for Python's keywords
 
 
 def floats_as_tensors(gm: fx.GraphModule) -> None:
@@ -58,19 +59,20 @@ def numbers_as_indices(gm: fx.GraphModule) -> None:
             continue
         source, picked = _tensor_value(node.args[0]), node.args[1]
         picked = picked if isinstance(picked, tuple) else (picked,)
-        if source is None or not any(map(_is_number, picked)) or _written_to(gm.graph, source):
+        if source is None or not any(map(_is_number, picked)) or written_to(gm.graph, source):
             continue
         if all(_is_number(x) or (isinstance(x, slice) and x == slice(None)) for x in picked):
             indices = [x if isinstance(x, fx.Node) else None for x in picked]
             node.target, node.args = torch.ops.aten.index.Tensor, (node.args[0], indices)
 
 
-def _written_to(graph: fx.Graph, value: torch.Tensor) -> bool:
+def written_to(graph: fx.Graph, value: torch.Tensor) -> bool:
     """Whether an operator of a Dynamo graph may change the memory of ``value``."""
     memory = value.untyped_storage()._cdata
     for node in graph.nodes:
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-        changes = name.endswith("_") or name == "setitem" or (name[:1] == "i" and hasattr(operator, f"__{name}__"))
+        changes = name == "setitem" or (name[:1] == "i" and hasattr(operator, f"__{name[1:]}__"))  # iadd, not invert
+        changes = changes or (name.endswith("_") and node.target not in _NOT_IN_PLACE)
         written = [node.kwargs.get("out"), *(node.args[:1] if changes else ())]
         if any(v is not None and v.untyped_storage()._cdata == memory for v in map(_tensor_value, written)):
             return True

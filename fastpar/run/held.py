@@ -14,6 +14,7 @@ from fastpar.core.errors import OptionError
 from fastpar.graph.capture import compile_fx
 from fastpar.graph.program import Program
 from fastpar.graph.promote import promote, promote_args
+from fastpar.graph.unbroken import unbroken
 from fastpar.run.compare import FLOAT64_TOLERANCE, difference
 
 
@@ -67,6 +68,7 @@ def _one(mine: torch.Tensor, plain: torch.Tensor, reference: torch.Tensor, lossy
 def in_float64(model: Callable[..., Any]) -> Callable[..., Any]:
     """``model`` computed in float64, its own casts included: a graph of it at a time, in its own structure."""
 
+    @unbroken
     def backend(gm: torch.fx.GraphModule, example: Sequence[Any]) -> Any:
         def finish(program: Program) -> Callable[[list[Any]], Sequence[Any]]:
             promoted = promote(program)

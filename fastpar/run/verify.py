@@ -25,6 +25,7 @@ from fastpar.core.text import unknown
 from fastpar.graph.capture import Captured, Inputs, Recorded, call_arguments, capture, compile_fx
 from fastpar.graph.check import check_order
 from fastpar.graph.program import Program
+from fastpar.graph.unbroken import unbroken
 from fastpar.run.build import Built, build
 from fastpar.run.compare import (
     FLOAT64_TOLERANCE,
@@ -135,6 +136,7 @@ def simulate(
     calls: list[list[tuple[Any, ...]]] = []
     state = {"rank": 0, "call": 0, "ranks": 1}
 
+    @unbroken
     def backend(gm: Any, example: Sequence[Any]) -> Any:
         def finish(program: Program) -> Any:
             built = build(program, plan, ranks, passes)
