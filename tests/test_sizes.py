@@ -253,3 +253,32 @@ def test_masks_that_come_again_are_read_once(monkeypatch: pytest.MonkeyPatch):
             assert torch.allclose(run(x, text, fleeting), model(x, text, fleeting), atol=1e-12)
             fleeting[0] = fleeting[1] = True  # nothing tells that it was written to
             assert torch.allclose(run(x, text, fleeting), model(x, text, fleeting), atol=1e-12)
+
+
+def test_rows_that_are_changed_where_a_mask_says_are_not_read():
+    def fn(x: Tensor, drop: Tensor, rows: Tensor) -> Tensor:
+        x = x * 2
+        x[drop] *= 0.0
+        x[rows] = 1 - x[rows] / 4
+        return x @ x.transpose(1, 2)
+
+    x, rows = torch.randn(3, 6, 4).double(), torch.rand(3, 6) > 0.5
+    run, programs = compiled(fn)
+    for drop in ([True, False, True], [False, False, False]):
+        mask = torch.tensor(drop)
+        assert torch.allclose(run(x, mask, rows), fn(x, mask, rows), atol=1e-12)
+    assert len(programs) == 1
+    captured = fastpar.capture(fn, (x, torch.tensor([True, False, True]), rows))
+    for plan in "gather=2", "cfg=2", "gather=4":
+        report = fastpar.verify(captured, plan=plan)
+        assert report.ok and not report.fallbacks
+
+    def since(x: Tensor, drop: Tensor) -> Tensor:
+        x = x * 2
+        rows = x[drop] + 1
+        x.add_(5)
+        x[drop] = rows
+        return x
+
+    captured = fastpar.capture(since, (x, torch.tensor([True, False, True])))
+    assert torch.allclose(captured.outputs, since(x, torch.tensor([True, False, True])))

@@ -21,6 +21,10 @@ _READS = {"item", "nonzero", "argwhere", "where", "unique", "unique_consecutive"
 _TAKE_SIZES = {"arange", "broadcast_to", "empty", "expand", "full", "linspace", "narrow", "new_empty", "new_full"}
 _TAKE_SIZES |= {"new_ones", "new_zeros", "ones", "pad", "repeat", "reshape", "split", "tile", "unflatten", "view"}
 _TAKE_SIZES |= {"zeros"}
+_POINTWISE: dict[Any, Callable[..., Any]] = {
+    **{getattr(operator, name): getattr(operator, name) for name in ("add", "mul", "neg", "sub", "truediv")},
+    **{getattr(operator, f"i{name}"): getattr(operator, name) for name in ("add", "mul", "sub", "truediv")},
+}
 _RANDOM = ("rand", "bernoulli", "dropout", "multinomial", "normal")
 
 
@@ -57,6 +61,8 @@ def reads_of(gm: fx.GraphModule, inputs: Sequence[Input]) -> list[fx.Node]:
     if not reads_values(gm):
         return []
     for node in list(gm.graph.nodes):
+        _choose_rows(node)
+    for node in list(gm.graph.nodes):
         _number_the_rows(node)
         _write_items(node)
     reads = [n for n in gm.graph.nodes if _is_read(n)]
@@ -71,7 +77,7 @@ def reads_of(gm: fx.GraphModule, inputs: Sequence[Input]) -> list[fx.Node]:
         if node.op != "placeholder" and any(word in name_of(node) for word in _RANDOM):
             raise Broken(f"it depends on random numbers, at {source_line(node)}")
         for value in pytree.tree_leaves(node.meta.get("example_value")):
-            if isinstance(value, torch.Tensor) and written_to(gm.graph, value):
+            if isinstance(value, torch.Tensor) and written_to(gm.graph.nodes, value):
                 raise Broken(f"its memory is written to, at {source_line(node)}")
     return reads
 
@@ -91,6 +97,44 @@ def _is_read(node: fx.Node) -> bool:
     if not node.meta.get("unbacked_bindings"):
         return False
     return name_of(node) in _READS or not any(symbols(n.meta.get("example_value")) for n in node.all_input_nodes)
+
+
+def _choose_rows(node: fx.Node) -> None:
+    """Write ``x[mask] = f(x[mask])``, for an ``f`` that looks at one number at a time, as a choice: nothing is read."""
+    if node.target is not operator.setitem or not _is_mask(node.args[1]):
+        return
+    x, mask, at = node.args
+    steps: list[fx.Node] = []
+    while isinstance(at, fx.Node) and at.target in _POINTWISE and len(at.all_input_nodes) == 1 and not at.kwargs:
+        steps.append(at)
+        at = at.all_input_nodes[0]
+    chain = {node, *steps}
+    if not isinstance(at, fx.Node) or at.target is not operator.getitem or at.args != (x, mask):
+        return
+    checks = [u for step in (at, *steps) for u in step.users if u not in chain]
+    for check in checks:  # and what Dynamo asserts of the number of rows
+        if not (check.target is torch.ops.aten.sym_size.int or is_number(check) or "assert" in name_of(check)):
+            return
+        checks += [u for u in check.users if u not in checks]
+    between = [n for n in node.graph.nodes if at < n < node]
+    if any(written_to(between, n.meta["example_value"]) for n in (x, mask)):
+        return
+    wide = x.meta["example_value"].dim() - mask.meta["example_value"].dim()
+    with node.graph.inserting_before(node):
+
+        def call(function: Any, *args: Any) -> fx.Node:
+            kind = "call_method" if isinstance(function, str) else "call_function"
+            new = node.graph.create_node(kind, function, args)
+            new.meta = {k: v for k, v in node.meta.items() if k != "example_value"}
+            return new
+
+        value = x
+        for step in reversed(steps):
+            value = call(_POINTWISE[step.target], *fx.node.map_arg(step.args, lambda _, value=value: value))
+        rows = call(operator.getitem, mask, (..., *[None] * wide))
+        call("copy_", x, call(torch.where, rows, value, x))
+    for old in sorted({node, *checks, *steps, at}, reverse=True):
+        node.graph.erase_node(old)
 
 
 def _number_the_rows(node: fx.Node) -> None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -59,17 +59,17 @@ def numbers_as_indices(gm: fx.GraphModule) -> None:
             continue
         source, picked = _tensor_value(node.args[0]), node.args[1]
         picked = picked if isinstance(picked, tuple) else (picked,)
-        if source is None or not any(map(_is_number, picked)) or written_to(gm.graph, source):
+        if source is None or not any(map(_is_number, picked)) or written_to(gm.graph.nodes, source):
             continue
         if all(_is_number(x) or (isinstance(x, slice) and x == slice(None)) for x in picked):
             indices = [x if isinstance(x, fx.Node) else None for x in picked]
             node.target, node.args = torch.ops.aten.index.Tensor, (node.args[0], indices)
 
 
-def written_to(graph: fx.Graph, value: torch.Tensor) -> bool:
-    """Whether an operator of a Dynamo graph may change the memory of ``value``."""
+def written_to(nodes: Iterable[fx.Node], value: torch.Tensor) -> bool:
+    """Whether one of these operators of a Dynamo graph may change the memory of ``value``."""
     memory = value.untyped_storage()._cdata
-    for node in graph.nodes:
+    for node in nodes:
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
         changes = name == "setitem" or (name[:1] == "i" and hasattr(operator, f"__{name[1:]}__"))  # iadd, not invert
         changes = changes or (name.endswith("_") and node.target not in _NOT_IN_PLACE)

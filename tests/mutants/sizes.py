@@ -40,8 +40,14 @@ MUTANTS = (
     ),
     Mutant(
         "memory that is written to on the way to a read", READS,
-        "isinstance(value, torch.Tensor) and written_to(gm.graph, value)", "isinstance(value, torch.Tensor) and False",
+        "isinstance(value, torch.Tensor) and written_to(gm.graph.nodes, value)",
+        "isinstance(value, torch.Tensor) and False",
         sizes("cannot_come_first"),
+    ),
+    Mutant(
+        "rows are chosen of what has been written to since they were read", READS,
+        "if any(written_to(between, n.meta", "if any(written_to([], n.meta",
+        sizes("changed_where"),
     ),
     Mutant(
         "frames of other backends are traced through reads", UNBROKEN,
