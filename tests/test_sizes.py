@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -282,3 +283,18 @@ def test_rows_that_are_changed_where_a_mask_says_are_not_read():
 
     captured = fastpar.capture(since, (x, torch.tensor([True, False, True])))
     assert torch.allclose(captured.outputs, since(x, torch.tensor([True, False, True])))
+
+
+def test_numbers_of_numpy_among_attributes_are_numbers():
+    class Level(nn.Module):
+        def __init__(self, i: int) -> None:
+            super().__init__()
+            self.down, self.width = i < np.log2(4), np.int64(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x[:, : self.width] * 2 if self.down else x + 1
+
+    model, x = nn.Sequential(Level(0), Level(3)), torch.randn(2, 8)
+    captured = fastpar.capture(model, (x,))
+    assert len(captured.programs) == 1
+    assert torch.equal(captured.outputs, x[:, :3] * 2 + 1)

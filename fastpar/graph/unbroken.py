@@ -7,6 +7,9 @@ drop the padding of each prompt, are such a case). Its options ``capture_scalar_
 of such graphs. The options are global, and other backends in the process are none of our business; so they are set
 here while Dynamo converts a frame for a backend that is marked, and for no other.
 
+A number of numpy's among a module's attributes (``i < np.log2(ratio)``, in diffusers' autoencoders) is a tensor to
+Dynamo, and a branch on it another such read. It becomes the Python number that it was meant to be.
+
 Dynamo does not always come through with them, and not every graph that it comes back with can be used (``Broken``).
 Then the frame is converted once more without them. All ranks run the same Python, so all decide alike.
 """
@@ -15,7 +18,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -48,6 +52,17 @@ def _marked(backend: Any) -> bool:
     return False
 
 
+def _python_numbers(values: Iterable[Any]) -> None:
+    """Replace numpy's numbers among the attributes of modules and what is in them."""
+    generic = getattr(sys.modules.get("numpy"), "generic", None)
+    if generic is None:
+        return
+    for value in values:
+        for module in value.modules() if isinstance(value, torch.nn.Module) else ():
+            numbers = {k: v.item() for k, v in vars(module).items() if isinstance(v, generic)}
+            vars(module).update((k, v) for k, v in numbers.items() if isinstance(v, (bool, int, float)))
+
+
 @functools.cache
 def _install() -> None:
     """Put ourselves around the conversion of frames. Where this torch has none such, graphs break as they ever did."""
@@ -60,12 +75,13 @@ def _install() -> None:
     plain = converter.__call__
 
     @functools.wraps(plain)
-    def convert(self: Any, *args: Any, skip: int = 0, **kwargs: Any) -> Any:
+    def convert(self: Any, frame: Any, *args: Any, skip: int = 0, **kwargs: Any) -> Any:
         if not _marked(self._torchdynamo_orig_backend):
-            return plain(self, *args, skip=skip, **kwargs)
+            return plain(self, frame, *args, skip=skip, **kwargs)
+        _python_numbers(frame.f_locals.values())
         try:
             with torch._dynamo.config.patch(dict.fromkeys(_OPTIONS, True)):
-                return plain(self, *args, skip=skip + 1, **kwargs)
+                return plain(self, frame, *args, skip=skip + 1, **kwargs)
         except GuardOnDataDependentSymNode as error:
             reason = str(error).split("\n", 1)[0]
         except BackendCompilerFailed as error:
@@ -74,6 +90,6 @@ def _install() -> None:
             reason = str(error.inner_exception)
         log.info("a graph ends where values of tensors are read: %s", reason)
         with torch._dynamo.config.patch(dict.fromkeys(_OPTIONS, False)):
-            return plain(self, *args, skip=skip + 1, **kwargs)
+            return plain(self, frame, *args, skip=skip + 1, **kwargs)
 
     converter.__call__ = convert
