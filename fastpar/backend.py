@@ -20,7 +20,7 @@ import torch
 
 from fastpar.core.errors import FastparError, OptionError
 from fastpar.core.options import Options
-from fastpar.graph.capture import Finish, check_reads, compile_fx
+from fastpar.graph.capture import compile_fx
 from fastpar.graph.devices import device_of
 from fastpar.graph.dump import dumper
 from fastpar.graph.program import Program
@@ -62,12 +62,11 @@ def fastpar(
     if unknown:
         raise OptionError(f"unknown arguments {sorted(unknown)}; the backend takes options= and mode=")
     group = group_of((options or {}).get("mesh"))
-    check_reads(gm, example_inputs)
     with compiling(group):
         chosen = Options.from_user(options, mode)
         hold, last = any(map(is_shell, example_inputs)), ends_frame(gm)
         examples = whole_examples(example_inputs)
-        finished: Finish = lambda program: finish(program, chosen, group, last, hold)  # noqa: E731
+        finished = functools.partial(finish, options=chosen, group=group, last=last, hold=hold)
         return compile_fx(gm, examples, finished, functools.partial(compiling, group))
 
 

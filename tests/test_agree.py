@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from fastpar.core.errors import AgreementError, OptionError
+from fastpar.graph.unbroken import Broken
 from fastpar.run.agree import Party, _excerpts, abort, agree, compiling, meet, party_of
 
 FIELDS = {"graph": "5f1c", "plan": "ulysses=3", "order": "77aa"}
@@ -136,6 +137,21 @@ def test_a_failing_rank_stops_those_that_wait(ranks):
     assert [outcomes[0], outcomes[2]] == [said, said]
     assert max(ranks.seconds) < 3
     assert ranks.run(lambda rank, party: agree(FIELDS, party, timeout=10)) == [None] * 3
+
+
+def test_a_graph_that_is_to_break_is_no_failure(ranks):
+    """Dynamo converts its frame once more; ranks that are ahead wait for those that still do the first time."""
+
+    def work(rank, party):
+        time.sleep(0.1 * rank)
+        try:
+            with compiling(party):
+                raise Broken("weights behind a read")
+        except Broken:
+            with compiling(party):
+                agree(FIELDS, party, timeout=10)
+
+    assert ranks.run(work) == [None] * 3
 
 
 def test_a_rank_that_fails_after_agreeing_stops_those_that_meet(ranks):

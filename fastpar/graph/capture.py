@@ -35,10 +35,10 @@ from fastpar.graph.devices import accelerator, on_one_device
 from fastpar.graph.modules import name_modules
 from fastpar.graph.normalise import keep_whole
 from fastpar.graph.program import Input, Kind, Program, copy_module
-from fastpar.graph.reads import reads_of, reads_values, symbols
+from fastpar.graph.reads import reads_of, symbols
 from fastpar.graph.scalars import floats_as_tensors, numbers_as_indices, scalar_tensors_stay
 from fastpar.graph.scores import replace_written
-from fastpar.graph.sizes import Sized
+from fastpar.graph.sizes import Sized, fill
 from fastpar.graph.tidy import tidy
 from fastpar.graph.unbroken import unbroken
 
@@ -86,32 +86,18 @@ def compile_fx(
     described = [describe(node) for node in gm.graph.find_nodes(op="placeholder")]
     accelerator(zip((i.name for i in described), example_inputs, strict=True))
     gm = copy_module(gm)
-    sized = _sized(gm, example_inputs, described)
-    if sized is None:
-        return _compile(gm, _specialise(gm, example_inputs), described, finish)
+    numbers_as_indices(gm)
+    reads = reads_of(gm, described)
+    read = symbols([node.meta["example_value"] for node in reads], known=True)
+    examples = _specialise(gm, example_inputs, read)
+    if not reads:
+        return _compile(gm, examples, described, finish)
 
     def compile(gm: fx.GraphModule, examples: list[Any], inputs: list[Input]) -> Callable[..., Any]:
         with later():
             return _compile(gm, examples, inputs, finish)
 
-    return sized.compiling(compile)
-
-
-def check_reads(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
-    """Raise ``Broken`` where :func:`compile_fx` would, so that nobody else hears of a graph that will not be used."""
-    if reads_values(gm):
-        described = [describe(node) for node in gm.graph.find_nodes(op="placeholder")]
-        _sized(copy_module(gm), example_inputs, described)
-
-
-def _sized(gm: fx.GraphModule, example_inputs: Sequence[Any], described: list[Input]) -> Sized | None:
-    """The graph as one in which tensors decide sizes, if they do; ``gm`` is changed."""
-    numbers_as_indices(gm)
-    reads = reads_of(gm, described)
-    if not reads:
-        return None
-    known = symbols([node.meta["example_value"] for node in reads], known=True)
-    return Sized(gm, example_inputs, _specialise(gm, example_inputs, known), described, reads)
+    return Sized(gm, example_inputs, examples, described, reads, compile)
 
 
 def _compile(
@@ -211,7 +197,7 @@ def _shape_symbols(value: Any) -> Iterable[torch.SymInt]:
             yield from _shape_symbols(item)
 
 
-def _specialise(gm: fx.GraphModule, example_inputs: Sequence[Any], read: Set[Any] = frozenset()) -> list[Any]:
+def _specialise(gm: fx.GraphModule, example_inputs: Sequence[Any], read: Set[Any]) -> list[Any]:
     """Fix every symbol that occurs in a shape; give the inputs with integer shapes.
 
     ``int(symbol)`` makes Dynamo guard on the number: another shape is another compile. All values
@@ -226,10 +212,7 @@ def _specialise(gm: fx.GraphModule, example_inputs: Sequence[Any], read: Set[Any
     for node in gm.graph.find_nodes(op="placeholder"):
         value = node.meta.get("example_value")
         if isinstance(value, torch.SymInt) and value.node.expr.is_number:
-            number = int(value)
-            for user in list(node.users):
-                user.args = fx.node.map_arg(user.args, lambda n, p=node, v=number: v if n is p else n)
-                user.kwargs = fx.node.map_arg(user.kwargs, lambda n, p=node, v=number: v if n is p else n)
+            fill(node, int(value))
     mode = TracingContext.get().fake_mode
     assert mode is not None
     result = []

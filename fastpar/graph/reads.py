@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 from fastpar.graph.program import Input, source_line
-from fastpar.graph.scalars import written_to
+from fastpar.graph.scalars import is_integer_scalar, written_to
 from fastpar.graph.unbroken import Broken
 
 _UNKNOWN = (SymT.UNBACKED_INT, SymT.UNBACKED_FLOAT)
@@ -40,7 +40,7 @@ def symbols(value: Any, known: bool = False) -> set[Any]:
     return found
 
 
-def reads_values(gm: fx.GraphModule) -> bool:
+def _reads_values(gm: fx.GraphModule) -> bool:
     """Whether a Dynamo graph has symbols for what values of tensors decide."""
     tracing_on = torch._dynamo.config.capture_scalar_outputs or torch._dynamo.config.capture_dynamic_output_shape_ops
     return tracing_on and any(n.meta.get("unbacked_bindings") or _reads_integer(n) for n in gm.graph.nodes)
@@ -58,7 +58,7 @@ def reads_of(gm: fx.GraphModule, inputs: Sequence[Input]) -> list[fx.Node]:
     Changes ``gm`` in place, to an equivalent graph. Raises ``Broken`` where they cannot run before the program. Where
     Dynamo splits graphs at reads, there are none.
     """
-    if not reads_values(gm):
+    if not _reads_values(gm):
         return []
     for node in list(gm.graph.nodes):
         _choose_rows(node)
@@ -86,7 +86,8 @@ def name_of(node: fx.Node) -> str:
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
 
 
-def is_number(node: fx.Node) -> bool:
+def is_symbolic(node: fx.Node) -> bool:
+    """Whether a node of a Dynamo graph gives a number for which Dynamo has a symbol."""
     return isinstance(node.meta.get("example_value"), (torch.SymInt, torch.SymFloat, torch.SymBool))
 
 
@@ -113,7 +114,7 @@ def _choose_rows(node: fx.Node) -> None:
         return
     checks = [u for step in (at, *steps) for u in step.users if u not in chain]
     for check in checks:  # and what Dynamo asserts of the number of rows
-        if not (check.target is torch.ops.aten.sym_size.int or is_number(check) or "assert" in name_of(check)):
+        if not (check.target is torch.ops.aten.sym_size.int or is_symbolic(check) or "assert" in name_of(check)):
             return
         checks += [u for u in check.users if u not in checks]
     between = [n for n in node.graph.nodes if at < n < node]
@@ -168,12 +169,12 @@ def _write_items(node: fx.Node) -> None:
     """Where torch takes tensors for sizes (``x.view(height, width)``, ``x[:length]``), say that they are read."""
 
     def item(arg: fx.Node) -> fx.Node:
-        value = arg.meta.get("example_value")
-        if not isinstance(value, torch.Tensor) or value.dim() or not _is_integer(value):
+        if not is_integer_scalar(arg):
             return arg
         with node.graph.inserting_before(node):
             new = node.graph.call_method("item", (arg,))
-        new.meta = {**node.meta, "example_value": _played(value, torch.Tensor.item), "unbacked_bindings": None}
+        value = _played(arg.meta["example_value"], torch.Tensor.item)
+        new.meta = {**node.meta, "example_value": value, "unbacked_bindings": None}
         return new
 
     def bounds(index: Any) -> Any:
@@ -186,10 +187,6 @@ def _write_items(node: fx.Node) -> None:
         first = node.args[:1] if node.op == "call_method" else ()
         node.args = (*first, *fx.node.map_arg(node.args[len(first) :], item))
         node.kwargs = fx.node.map_arg(node.kwargs, item)
-
-
-def _is_integer(value: torch.Tensor) -> bool:
-    return not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
 
 
 def _played(value: torch.Tensor, function: Callable[[torch.Tensor], Any]) -> Any:

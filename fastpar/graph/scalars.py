@@ -59,9 +59,9 @@ def numbers_as_indices(gm: fx.GraphModule) -> None:
             continue
         source, picked = _tensor_value(node.args[0]), node.args[1]
         picked = picked if isinstance(picked, tuple) else (picked,)
-        if source is None or not any(map(_is_number, picked)) or written_to(gm.graph.nodes, source):
+        if source is None or not any(map(is_integer_scalar, picked)) or written_to(gm.graph.nodes, source):
             continue
-        if all(_is_number(x) or (isinstance(x, slice) and x == slice(None)) for x in picked):
+        if all(is_integer_scalar(x) or (isinstance(x, slice) and x == slice(None)) for x in picked):
             indices = [x if isinstance(x, fx.Node) else None for x in picked]
             node.target, node.args = torch.ops.aten.index.Tensor, (node.args[0], indices)
 
@@ -84,7 +84,8 @@ def _tensor_value(x: Any) -> torch.Tensor | None:
     return value if isinstance(value, torch.Tensor) else None
 
 
-def _is_number(x: Any) -> bool:
+def is_integer_scalar(x: Any) -> bool:
+    """Whether ``x`` is a node of a Dynamo graph for a 0-d tensor of integers."""
     value = _tensor_value(x)
     if value is None or value.dim() or value.dtype == torch.bool:
         return False

@@ -37,7 +37,7 @@ from torch.utils import _pytree as pytree
 
 from fastpar.core.errors import CaptureError
 from fastpar.graph.program import Input, copy_module, source_line
-from fastpar.graph.reads import is_number, leading_to, name_of, symbols
+from fastpar.graph.reads import is_symbolic, leading_to, name_of, symbols
 from fastpar.graph.unbroken import Broken
 
 Compile = Callable[[fx.GraphModule, list[Any], list[Input]], Callable[..., Any]]
@@ -65,11 +65,12 @@ class Sized:
         examples: Sequence[Any],
         inputs: list[Input],
         reads: list[fx.Node],
+        compile: Compile,
     ) -> None:
-        self.gm, self.inputs = gm, inputs
+        self.gm, self.inputs, self.compile = gm, inputs, compile
         # integers among the arguments, unless Dynamo has fixed them, are like those that are read
-        given = gm.graph.find_nodes(op="placeholder")
-        self.reads = [*reads, *(n for n in given if is_number(n) and symbols(n.meta["example_value"], known=True))]
+        given = list(gm.graph.find_nodes(op="placeholder"))
+        self.reads = [*reads, *(n for n in given if is_symbolic(n) and symbols(n.meta["example_value"], known=True))]
         mode = TracingContext.get().fake_mode
         assert mode is not None
         self.mode: FakeTensorMode = mode
@@ -78,20 +79,15 @@ class Sized:
         self.programs: dict[Any, Callable[..., Any]] = {}
         self.sizes: set[int] = set()  # integers, by their place in reads, that are constants of programs
         self.seen: set[int] = set()  # integers that programs differ by: sizes, and what something was decided by
-        self.before = [n for n in leading_to(self.reads) if n.op != "placeholder"]
-        places = {n: i for i, n in enumerate(gm.graph.find_nodes(op="placeholder"))}
-        self.needed = [places[n] for n in leading_to(self.reads) if n in places]
+        needed = set(leading_to(self.reads))
+        self.before = [n for n in gm.graph.nodes if n in needed and n.op != "placeholder"]
+        self.needed = [i for i, n in enumerate(given) if n in needed]  # arguments, by their place
         self.kept: list[tuple[list[tuple[weakref.ref[torch.Tensor], int]], list[Any]]] = []
         read = self.read(args)
         try:
             self.worked_out(read, {i for i, v in enumerate(read) if type(v) is int})  # Dynamo guards on new symbols
         except Exception as error:  # whatever it is: the graph can be split instead
             raise Broken(f"{type(error).__name__}: {str(error) or 'no reason'}".split("\n", 1)[0]) from error
-
-    def compiling(self, compile: Compile) -> Sized:
-        """Itself, from now on with a compiler."""
-        self.compile = compile
-        return self
 
     def __call__(self, *args: Any) -> Any:
         read = self.read_once(args)
@@ -144,7 +140,8 @@ class Sized:
         with tracing(TracingContext(self.mode)), compile_context(self.context), torch.no_grad():
             while True:
                 gm, examples, inputs, numbers = self.worked_out(read, self.sizes)
-                shapes = symbols([n.meta.get("example_value") for n in gm.graph.nodes if not is_number(n)], known=True)
+                tensors = [n.meta.get("example_value") for n in gm.graph.nodes if not is_symbolic(n)]
+                shapes = symbols(tensors, known=True)
                 decide = {i for i, n in numbers.items() if n.node.expr in shapes or self._guarded(n)}
                 if not decide:
                     break

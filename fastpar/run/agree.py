@@ -32,6 +32,7 @@ from typing import Any
 
 from fastpar.core.errors import AgreementError
 from fastpar.core.options import timeout_from_env
+from fastpar.graph.unbroken import Broken
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.001, 0.05  # seconds between two looks at the verdict
 _AGREED = ""
@@ -157,8 +158,8 @@ def compiling(group: Any = None, store: Any = None) -> Iterator[None]:
         yield
     except BaseException as error:
         # A failed agreement has already failed everywhere; aborting the next round as well would put
-        # this rank one round ahead of the others.
-        if not isinstance(error, AgreementError) and not isinstance(error.__cause__, AgreementError):
+        # this rank one round ahead of the others. A graph that Dynamo is to break is no failure at all.
+        if not isinstance(error, (AgreementError, Broken)) and not isinstance(error.__cause__, AgreementError):
             try:
                 abort(f"{type(error).__name__}: {error}", party)
             except RuntimeError as gone:
