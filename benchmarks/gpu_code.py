@@ -224,12 +224,12 @@ def code_of_plan(captured: Any, plan: str, topology: str = "h100-8") -> Code:
     from fastpar import emulate
     from fastpar.core.plan import Plan
     from fastpar.run.build import build
-    from fastpar.run.groups import process_groups
+    from fastpar.run.groups import group_of, process_groups
 
     ranks = Plan.parse(plan).degree
     built = build(captured, plan, topology=topology if ranks > 1 else None, verify_structure=False)
     if ranks == 1:
         return code_of(built.localise(0))
     with emulate.start(topology, rank=0, ranks=ranks):
-        groups = process_groups(built.lowered.graph, built.mesh, torch.distributed.group.WORLD)
+        groups = process_groups(built.lowered.graph, built.mesh, group_of(None))
         return code_of(built.localise(0, groups))

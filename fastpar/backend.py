@@ -70,7 +70,7 @@ def fastpar(
         return compile_fx(gm, examples, finished, functools.partial(compiling, group))
 
 
-def finish(program: Program, options: Options, group: Any, last: bool = False, hold: bool = False) -> Runner:
+def finish(program: Program, options: Options, group: str | None, last: bool = False, hold: bool = False) -> Runner:
     """One captured program to the function that runs this rank's share of it.
 
     ``last``: its results go to the user, so that those which come from other ranks may come late. ``hold``: its

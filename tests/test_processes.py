@@ -115,7 +115,7 @@ def test_a_module_without_rows_runs_and_says_so(two: Results) -> None:
 @pytest.mark.distributed
 def test_inputs_that_were_rounded_differently_are_said_and_taken(two: Results) -> None:
     said = [m for r in two for m in r["rounded_inputs"]["messages"] if "as if rounded differently" in m]
-    assert len(said) == 1, "by the rank that saw all"
+    assert 1 <= len(said) <= 2, "by each rank that saw all"
     for result in two:
         assert result["rounded_inputs"]["compiles"] == [1]
 

@@ -46,9 +46,9 @@ def place(device: torch.device) -> str:
         return json.dumps([socket.gethostname(), boot.read().strip(), device.type])
 
 
-def allocator(device: torch.device, group: Any) -> Allocate:
-    """Torch's symmetric memory among the ranks of a process group. What it gives raises RuntimeError where there is
-    none (no peer access between the devices, two ranks on one device)."""
+def allocator(device: torch.device, group: str) -> Allocate:
+    """Torch's symmetric memory among the ranks of the process group of this name. What it gives raises RuntimeError
+    where there is none (no peer access between the devices, two ranks on one device)."""
 
     def allocate(size: int) -> tuple[torch.Tensor, Any]:
         import torch.distributed._symmetric_memory as symmetric_memory
@@ -56,7 +56,7 @@ def allocator(device: torch.device, group: Any) -> Allocate:
         own = symmetric_memory.empty(size, dtype=torch.uint8, device=device)
         own.zero_()
         torch.cuda.synchronize(device)  # flags are zero before anybody can raise one
-        return own, symmetric_memory.rendezvous(own, group.group_name)
+        return own, symmetric_memory.rendezvous(own, group)
 
     return allocate
 

@@ -95,7 +95,7 @@ def agree(
 ) -> None:
     """Return on all ranks of ``group`` once all have called this with the same fields, or raise on all of them.
 
-    ``group`` is a process group, a ``DeviceMesh``, a ``Party`` or ``None`` for the world; ``timeout`` is in
+    ``group`` is a process group or its name, a ``DeviceMesh``, a ``Party`` or ``None`` for the world; ``timeout`` is in
     seconds, ``FASTPAR_TIMEOUT`` (60) by default; ``store`` replaces the default process group's; ``same`` says
     whether two values of a field are. Every rank must make the same sequence of calls. With one rank, without
     ``torch.distributed`` and on backends where one process stands for all ranks there is nobody to agree with, and
@@ -185,13 +185,20 @@ def party_of(group: Any = None, store: Any = None) -> Party | None:
     elif group == dist.GroupMember.NON_GROUP_MEMBER:
         ranks = ()
     else:
-        ranks = tuple(sorted(dist.get_process_group_ranks(group)))
+        ranks = tuple(sorted(dist.get_process_group_ranks(named(group))))
     rank = dist.get_rank()
     if rank not in ranks:
         raise AgreementError(f"rank {rank} compiles for a mesh that it is not in (ranks {_listed(ranks)})")
     if len(ranks) == 1 or dist.get_backend() in _ALONE:
         return None
     return Party(dist.distributed_c10d._get_default_store() if store is None else store, rank, ranks)
+
+
+def named(group: Any) -> Any:
+    """The process group of this name; anything else as it is. Raises RuntimeError where it was destroyed."""
+    import torch.distributed as dist
+
+    return dist.distributed_c10d._resolve_process_group(group) if isinstance(group, str) else group
 
 
 def _await_verdict(party: Party, round: int, timeout: float, same: Callable[[str, str], bool]) -> str:

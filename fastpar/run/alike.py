@@ -35,7 +35,7 @@ _VALID = (
 )
 
 
-def alike(run: Runner, program: Program, group: Any, timeout: float, held: bool = False) -> Runner:
+def alike(run: Runner, program: Program, group: str | None, timeout: float, held: bool = False) -> Runner:
     """``run``, which raises AgreementError on all ranks in its first call if they were given other values.
 
     ``held``: weights are parts, which every rank has its own of.

@@ -1,7 +1,13 @@
-"""Process groups for mesh axes, and the questions asked of ``torch.distributed``."""
+"""Process groups for mesh axes, and the questions asked of ``torch.distributed``.
+
+Groups are kept by name. One that a compiled model held would outlive ``destroy_process_group``, and its threads the
+interpreter: gloo's then end the process with SIGABRT if they still hold a tensor. And a name means the group of today,
+where somebody destroys a world and makes another.
+"""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,27 +18,34 @@ from torch import fx
 from fastpar.core.errors import CaptureError, PlanError
 from fastpar.core.mesh import Mesh, is_some
 from fastpar.ops.collectives import COLLECTIVES, axes_of
+from fastpar.run.agree import named, party_of
 
-_made: dict[tuple[Any, ...], Any] = {}
+_made: weakref.WeakValueDictionary[tuple[Any, ...], Any] = weakref.WeakValueDictionary()
 
 
-def group_of(mesh_option: Any) -> Any:
-    """Process group of the ``mesh`` option: a group as it is, a DeviceMesh flattened, None the world."""
+def group_of(mesh_option: Any) -> str | None:
+    """Name of the ``mesh`` option's process group: a group's own, that of a flattened DeviceMesh, for None the world's.
+
+    Raises AgreementError where this rank is not in the mesh. Anything else is for ``Options`` to refuse.
+    """
+    group = mesh_option
     if mesh_option is None:
-        return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
-    if hasattr(mesh_option, "get_group"):
-        return (mesh_option if mesh_option.ndim == 1 else mesh_option._flatten()).get_group()
-    return mesh_option
+        group = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+    elif hasattr(mesh_option, "get_group"):
+        party_of(mesh_option)
+        group = (mesh_option if mesh_option.ndim == 1 else mesh_option._flatten()).get_group()
+    return getattr(group, "group_name", None)
 
 
-def world(group: Any) -> tuple[int, int]:
+def world(group: str | None) -> tuple[int, int]:
     """(this rank within the group, ranks of the group); (0, 1) without one."""
     if group is None:
         return 0, 1
-    return dist.get_rank(group), dist.get_world_size(group)
+    there = named(group)
+    return dist.get_rank(there), dist.get_world_size(there)
 
 
-def need_group(group: Any, ranks: int) -> None:
+def need_group(group: str | None, ranks: int) -> None:
     """Raise PlanError where a plan for several ranks has no process group to run on."""
     if ranks > 1 and group is None:
         raise PlanError(
@@ -42,11 +55,11 @@ def need_group(group: Any, ranks: int) -> None:
         )
 
 
-def check_device(group: Any, device: torch.device) -> None:
+def check_device(group: str | None, device: torch.device) -> None:
     """Raise CaptureError where the group has no backend for the model's device."""
     if group is None:
         return
-    types = {d.type for d in group._device_types}
+    types = {d.type for d in named(group)._device_types}
     if types and device.type not in types:
         raise CaptureError(
             f"the model is on {device}, but the process group talks only for tensors on "
@@ -64,7 +77,7 @@ def axes_used(graph: fx.Graph, mesh: Mesh) -> list[tuple[str, ...]]:
 
 
 def process_groups(
-    graph: fx.Graph, mesh: Mesh, group: Any, also: Sequence[tuple[str, ...]] = ()
+    graph: fx.Graph, mesh: Mesh, group: str | None, also: Sequence[tuple[str, ...]] = ()
 ) -> dict[tuple[str, ...], str]:
     """Name of the process group for every set of axes that a lowered program uses, and those in ``also``.
 
@@ -73,20 +86,21 @@ def process_groups(
     """
     if group is None or mesh.ranks == 1:
         return {}
-    ranks = dist.get_process_group_ranks(group)
-    me = dist.get_rank(group)
+    ranks = dist.get_process_group_ranks(named(group))
+    me = dist.get_rank(named(group))
     names: dict[tuple[str, ...], str] = {}
     for axes in [*axes_used(graph, mesh), *also]:
         members = mesh.group(me, axes)
         if len(members) == len(ranks):
-            names[axes] = group.group_name
+            names[axes] = group
             continue
         # of some of an axis's ranks: the others make one as well, each of itself alone, for torch names a group by how
         # many there are on a rank
         few = tuple(a for a in axes if is_some(a))
-        key = (group.group_name, tuple(ranks[m] for m in members), few)
-        if key not in _made or _made[key] not in dist.distributed_c10d._world.pg_map:  # a new world, of the same name
+        key = (group, tuple(ranks[m] for m in members), few)
+        made = _made.get(key)
+        if made is None or made not in dist.distributed_c10d._world.pg_map:  # none, or a destroyed world's
             mine = members if me in members else (me,)
-            _made[key] = dist.new_group([ranks[m] for m in mine], use_local_synchronization=True)
-        names[axes] = _made[key].group_name
+            made = _made[key] = dist.new_group([ranks[m] for m in mine], use_local_synchronization=True)
+        names[axes] = made.group_name
     return names

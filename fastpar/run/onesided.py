@@ -36,7 +36,7 @@ _names = itertools.count()
 class OneSided:
     """Heaps for the programs of one process group and device."""
 
-    def __init__(self, group: Any, party: Party, device: torch.device, timeout: float) -> None:
+    def __init__(self, group: str, party: Party, device: torch.device, timeout: float) -> None:
         self.group, self.party, self.device, self.timeout = group, party, device, timeout
         self.rank, self.ranks = world(group)
 
@@ -105,12 +105,12 @@ class Attended:
         self.close()
 
 
-def one_sided(group: Any, device: torch.device, timeout: float) -> tuple[OneSided | None, str]:
+def one_sided(group: str | None, device: torch.device, timeout: float) -> tuple[OneSided | None, str]:
     """One-sided transport among the ranks of ``group``, or None and the reason why there is none: the same on all.
 
     Raises AgreementError where a rank does not come.
     """
-    if world(group)[1] == 1:
+    if group is None or world(group)[1] == 1:
         return None, "there is one rank"
     party = party_of(group)
     if party is None:
@@ -140,7 +140,7 @@ def _place(device: torch.device) -> str:
     return f"no transport for tensors on {device.type}"
 
 
-def _probe(device: torch.device, group: Any) -> str:
+def _probe(device: torch.device, group: str) -> str:
     """Whether torch gives symmetric memory here: asked for by doing."""
     from fastpar.backends.onesided.symmetric import allocator
 
@@ -151,7 +151,7 @@ def _probe(device: torch.device, group: Any) -> str:
     return _OK
 
 
-def gathering(group: Any, party: Party, timeout: float) -> Callable[[str, str], list[str]]:
+def gathering(group: str, party: Party, timeout: float) -> Callable[[str, str], list[str]]:
     """``gather(what, mine)``: the texts of all ranks of ``group``, by rank, through the store.
 
     All ranks make their gatherings in the same order. Raises AgreementError that names the ranks whose text does not

@@ -2,15 +2,18 @@
 
 Run by torchrun with plans as arguments (``+shards``: weights in parts; ``+columns``: ranks share out what they would
 repeat; ``+one-sided``). Prints per rank and plan how far the worst result is from eager's and which programs ran; exits
-non-zero where a result is wrong, ranks differ, or a prologue ran more or less often than it must.
+non-zero where a result is wrong, ranks differ, a prologue ran more or less often than it must, or threads of gloo's are
+left after ``destroy_process_group``: the models are alive then, and must not keep groups alive.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +28,7 @@ from fastpar.run.artefact import Artefact
 from tests.test_hoist import Denoiser, prompt, sample
 
 RAN: Counter[str] = Counter()
+ALIVE: list[Sampler] = []
 
 
 def watching(*args: Any) -> Artefact:
@@ -98,6 +102,7 @@ def run(plan: str) -> bool:
     name, *more = plan.split("+")
     shards, columns = "shards" in more, "columns" in more
     mine = Sampler(name, shards, columns, "one-sided" if "one-sided" in more else "two-sided")
+    ALIVE.append(mine)
     x, t = sample()
     ps = [prompt(1, 7), prompt(2, 7)]
     share = 2 if name == "cfg=2" else 1  # separate calls are dealt: a rank runs every other one
@@ -152,8 +157,18 @@ def main() -> int:
     backend.artefact_of = watching
     with torch.no_grad():
         good = all([run(plan) for plan in sys.argv[1:]])
+    at_work = workers()
     dist.destroy_process_group()
+    if not at_work or workers():
+        print(f"rank {os.environ['RANK']}: {at_work} threads of gloo's before the end, {workers()} after it", flush=True)
+        return 1
     return int(not good)
+
+
+def workers() -> int:
+    """Threads in which gloo runs collectives."""
+    names = [thread.read_text() for thread in Path("/proc/self/task").glob("*/comm")]
+    return sum("gloo_runloop" in name for name in names)
 
 
 if __name__ == "__main__":
