@@ -64,6 +64,35 @@ def test_odd_batches_are_cut_unevenly() -> None:
     assert fastpar.verify(Block().double().eval(), inputs(3), plan="cfg=2,ulysses=2").ok
 
 
+class EachRow(torch.nn.Module):
+    """Attention for one row of the batch after the other, each over its own number of keys (as Mochi's)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = torch.nn.Linear(12, 36), torch.nn.Linear(12, 12)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 6)).permute(2, 0, 3, 1, 4)
+        each = []
+        for i in range(len(x)):
+            keys, values = k[i : i + 1, :, : 7 + i], v[i : i + 1, :, : 7 + i]
+            each.append(F.scaled_dot_product_attention(q[i : i + 1], keys, values))
+        return self.out(torch.cat(each).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize(("plan", "batch"), [("cfg=2", 2), ("cfg=2", 3), ("cfg=2,ulysses=2", 2), ("cfg=2,ring=3", 2)])
+def test_one_row_of_a_batch_stays_where_it_is(plan: str, batch: int) -> None:
+    torch.manual_seed(0)
+    captured = fastpar.capture(EachRow().double().eval(), inputs(batch)[:1])
+    report = fastpar.verify(captured, plan=plan)
+    assert report.ok and not report.fallbacks, report.diverged_at
+    if plan == "cfg=2":
+        explained = fastpar.explain(captured, plan=plan)
+        assert [(c.why, c.count) for c in explained.collectives] == [("output", 1)]
+        assert explained.bytes_per_rank == (batch + 1) // 2 * 11 * 12 * 8
+        assert explained.flops_share < 1.02 * ((batch + 1) // 2) / batch  # later rows have more keys
+
+
 class Packed(Block):
     """Takes and gives tokens of one sequence, without a dimension for the batch."""
 

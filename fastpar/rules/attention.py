@@ -122,10 +122,10 @@ def _whole_groups(atom: Atom, group: int) -> bool:
 
 def kv_head_dim(dim: Dim, size: int) -> Dim:
     """Layout of a leading dimension of k or v that goes with ``dim`` of q (grouped or broadcast heads)."""
+    if dim.size == size:  # one row too, which a rank may have and the others not: of a batch, say
+        return dim
     if dim.is_whole or size == 1:
         return Dim.whole(size)
-    if dim.size == size:
-        return dim
     atom = dim.single
     assert atom is not None and len(atom.segs) == 1, "grouped heads are split as one segment"
     group, seg = dim.size // size, atom.segs[0]
