@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 
 import fastpar
 from fastpar.core.errors import CaptureError
+from fastpar.graph import sizes
 from fastpar.graph.capture import compile_fx
 from fastpar.graph.program import Program
 from fastpar.graph.sizes import Sized
@@ -101,6 +104,29 @@ def test_one_program_for_each_set_of_sizes_whatever_rows_they_are():
     assert len(programs) == 3
     longer = torch.randn(2, 13, 8).double()  # Dynamo then has symbols for what it knows as well
     assert torch.allclose(run(longer, text, prompts(3, 2)), model(longer, text, prompts(3, 2)), atol=1e-12)
+
+
+def test_programs_that_were_not_used_for_long_are_let_go(monkeypatch: pytest.MonkeyPatch):
+    """Prompts come in more lengths than there is memory for."""
+    monkeypatch.setattr(sizes, "_PROGRAMS", 2)
+    made: list[weakref.ref[Program]] = []
+
+    @unbroken
+    def backend(gm: Any, example: Any) -> Any:
+        def finish(program: Program) -> Any:
+            made.append(weakref.ref(program))
+            return lambda args: program.gm(*args)
+
+        return compile_fx(gm, example, finish)
+
+    model = Unpadded()
+    run = torch.compile(model, backend=backend)
+    for length, count in (1, 1), (2, 2), (1, 2), (3, 3), (1, 3), (2, 4), (1, 4):
+        inputs = given(length, 2)
+        assert torch.allclose(run(*inputs), model(*inputs), atol=1e-12)
+        assert len(made) == count
+    gc.collect()
+    assert [program() is not None for program in made] == [True, False, False, True]
 
 
 def test_ranks_run_whole_graphs_under_every_lowering():

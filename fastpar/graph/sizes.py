@@ -46,6 +46,8 @@ Compile = Callable[[fx.GraphModule, list[Any], list[Input]], Callable[..., Any]]
 _CHECKS = ("assert", "check", "constrain")
 _KEPT = 8
 """Reads that are kept for one graph: a pipeline calls with the same few masks in every step."""
+_PROGRAMS = 16
+"""Programs that are kept for one graph, the last used: of prompts there are always more lengths, of memory is not."""
 _numbered = itertools.count()
 
 
@@ -91,10 +93,10 @@ class Sized:
 
     def __call__(self, *args: Any) -> Any:
         read = self.read_once(args)
-        run = self.programs.get(self._key(read))
-        if run is None:
-            run = self.compiled(read)
-            self.programs[self._key(read)] = run
+        run = self.programs.pop(self._key(read), None) or self.compiled(read)
+        self.programs[self._key(read)] = run  # the last used stands last
+        if len(self.programs) > _PROGRAMS:  # on all ranks the same one, and none of them is still in it: all compiled
+            del self.programs[next(iter(self.programs))]
         numbers = [type(v) is int and i not in self.sizes for i, v in enumerate(read)]
         further = [x for v, n in zip(read, numbers, strict=True) for x in _parts(v) if n or isinstance(x, torch.Tensor)]
         return run(*args, *further)

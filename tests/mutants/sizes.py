@@ -28,6 +28,16 @@ MUTANTS = (
         sizes("one_program_for"),
     ),
     Mutant(
+        "programs are kept for ever", SIZES,
+        "if len(self.programs) > _PROGRAMS:", "if len(self.programs) > 1024:",
+        sizes("let_go"),
+    ),
+    Mutant(
+        "the first program goes, not that which was used least lately", SIZES,
+        "self.programs.pop(self._key(read), None) or", "self.programs.get(self._key(read)) or",
+        sizes("let_go"),
+    ),
+    Mutant(
         "every integer that is read is a constant", SIZES,
         "gm, examples, inputs, numbers = self.worked_out(read, self.sizes)",
         "gm, examples, inputs, numbers = self.worked_out(read, self.sizes | set(range(len(read))))",

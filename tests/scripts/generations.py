@@ -160,7 +160,7 @@ def main() -> int:
     at_work = workers()
     dist.destroy_process_group()
     if not at_work or workers():
-        print(f"rank {os.environ['RANK']}: {at_work} threads of gloo's before the end, {workers()} after it", flush=True)
+        print(f"rank {os.environ['RANK']}: {at_work} threads of gloo's before, {workers()} after the end", flush=True)
         return 1
     return int(not good)
 
