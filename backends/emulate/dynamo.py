@@ -1,13 +1,24 @@
-"""Dynamo is told that an emulated group is a process group, where it knows them by their exact type.
+"""Dynamo is told what an emulated group is: a process group, and no code of the model.
 
 Up to some version Dynamo takes ``ProcessGroup`` and torch's fake group for constants, and nothing that derives from
 them, so that compiled code which is given a group would break its graph here and nowhere else. Later ones need no
-telling.
+telling. And a group's methods are C++ elsewhere: where these run between two graphs, Dynamo would compile them as well.
 """
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
+
+import torch
+
+
+def unseen(kind: type) -> type:
+    """A class whose methods run as they are wherever they are called."""
+    for name, method in list(vars(kind).items()):
+        if inspect.isfunction(method) and not name.startswith("__"):
+            setattr(kind, name, torch.compiler.disable(method))
+    return kind
 
 
 def tell(kind: type, distributed: Any = None) -> bool:

@@ -119,6 +119,7 @@ def size_of(tensors: Sequence[torch.Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
+@dynamo.unseen
 class Group(dist.ProcessGroup):
     """One rank of a process group on emulated links (see the module)."""
 
