@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -289,6 +290,18 @@ def config(folder: Path) -> Path:
 def test_a_config_is_planned_on_fake_tensors_in_bfloat16(tmp_path: Path) -> None:
     said = run("opt", str(config(tmp_path)), *ULYSSES, *DIGITS_INPUTS, "--fake", "--passes", "shard")
     assert "bfloat16 [64, 1, 2, 2]" in said and "64@ulysses" in said
+
+
+def test_masks_of_a_model_on_fake_tensors_have_values(tmp_path: Path) -> None:
+    """Mochi attends to the tokens of a prompt that its mask counts; ``bool[...]`` draws one."""
+    small = {"_class_name": "MochiTransformer3DModel", "patch_size": 2, "num_attention_heads": 2, "num_layers": 2}
+    small |= {"attention_head_dim": 8, "pooled_projection_dim": 16, "in_channels": 4, "text_embed_dim": 16}
+    file = tmp_path / "mochi.json"
+    file.write_text(json.dumps({**small, "time_embed_dim": 4, "max_sequence_length": 16}))
+    given = ("hidden_states=float[2,4,5,4,6]", "encoder_hidden_states=float[2,16,16]", "timestep=int[2]:500",
+             "encoder_attention_mask=bool[2,16]")  # fmt: skip
+    said = run("explain", str(file), *ULYSSES, "--fake", *(part for g in given for part in ("--input", g)))
+    assert re.search(r"ranks +3, 1 graph\b", said) and "attentions of 2-byte elements" in said
 
 
 def test_a_config_has_random_weights_and_a_folder_its_own(tmp_path: Path) -> None:

@@ -54,8 +54,8 @@ class Unpadded(nn.Module):
     def __init__(self, width: int = 8, heads: int = 2) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv, self.qkv_text = (nn.Linear(width, 3 * width).double() for _ in range(2))
-        self.out = nn.Linear(width, width).double()
+        self.qkv, self.qkv_text = (nn.Linear(width, 3 * width, dtype=torch.float64) for _ in range(2))
+        self.out = nn.Linear(width, width, dtype=torch.float64)
 
     def forward(self, x: Tensor, text: Tensor, mask: Tensor) -> Tensor:
         def heads(x: Tensor) -> Tensor:
@@ -257,6 +257,19 @@ def test_other_backends_and_options_are_left_alone():
 def test_fake_tensors_have_no_values_to_read():
     with torch._subclasses.FakeTensorMode(), pytest.raises(CaptureError, match="fake tensors have none"):
         fastpar.capture(reordered, (torch.ones(2, 5, 4), torch.ones(2, 5, dtype=torch.bool)))
+
+
+def test_a_model_on_fake_tensors_is_planned_with_real_masks():
+    x, text, mask = given(3, 2)
+    plain = fastpar.explain(Unpadded(), (x, text, mask), plan="ulysses=3")
+    with torch._subclasses.FakeTensorMode() as mode:
+        model = Unpadded()
+    for other in mode.from_tensor(x), x:  # what is real beside the weights stands for itself
+        report = fastpar.explain(model, (other, mode.from_tensor(text), mask), plan="ulysses=3")
+        assert report.graphs == 1
+        assert report.bytes_per_rank == plain.bytes_per_rank and report.flops_share == plain.flops_share
+    with pytest.raises(CaptureError, match="give masks and integers as real tensors"):
+        fastpar.capture(model, (x, text, mode.from_tensor(mask)))
 
 
 def test_masks_that_come_again_are_read_once(monkeypatch: pytest.MonkeyPatch):

@@ -6,6 +6,7 @@ number becomes a tensor of one element where the forward's annotation asks for a
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import re
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from fastpar.core.errors import OptionError
 from fastpar.core.text import unknown
@@ -152,11 +154,17 @@ def _tensor(name: str, text: str, dtype: torch.dtype) -> torch.Tensor:
             raise OptionError(f"input {name!r}: {unknown('dtype', match['dtype'], ['float', *DTYPES])}")
         dtype = DTYPES[match["dtype"]]
     shape = [int(size) for size in match["shape"].split(",") if size.strip()]
-    if match["value"] is not None:
+    # numbers of a model on fake tensors are real: a mask says how many tokens count
+    with contextlib.nullcontext() if dtype.is_floating_point else unset_fake_temporarily():
+        return _filled(name, shape, dtype, match["value"])
+
+
+def _filled(name: str, shape: list[int], dtype: torch.dtype, value: str | None) -> torch.Tensor:
+    if value is not None:
         try:
-            return torch.full(shape, float(match["value"])).to(dtype)
+            return torch.full(shape, float(value)).to(dtype)
         except ValueError:
-            raise OptionError(f"input {name!r}: {match['value']!r} is no number; {_EXAMPLE}") from None
+            raise OptionError(f"input {name!r}: {value!r} is no number; {_EXAMPLE}") from None
     if dtype.is_floating_point:
         return torch.randn(shape, dtype=torch.float64).to(dtype)  # the same numbers in every dtype
     if dtype is torch.bool:

@@ -28,10 +28,12 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import BackendCompilerFailed, exceptions_allowed_to_be_fallback
 from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils import _pytree as pytree
 
 from fastpar.core.errors import CaptureError
 from fastpar.graph.decompose import TABLE
 from fastpar.graph.devices import accelerator, on_one_device
+from fastpar.graph.fakes import fake_of, mode_of
 from fastpar.graph.modules import name_modules
 from fastpar.graph.normalise import keep_whole
 from fastpar.graph.program import Input, Kind, Program, copy_module
@@ -294,7 +296,8 @@ def capture(model: Callable[..., Any], inputs: Inputs, dynamic: bool | None = Fa
 
     ``inputs`` is a dict of keyword arguments, a tuple of positional ones, or a
     callable that returns either. A model on fake tensors runs in their mode,
-    and the recorded arguments and outputs are fake. A graph break gives several
+    and the recorded arguments and outputs are fake; inputs may be real, and masks
+    and numbers that decide sizes must be. A graph break gives several
     programs; a program that runs twice is recorded twice.
 
     Each call compiles with a backend of its own, which nothing else that Dynamo
@@ -317,6 +320,8 @@ def capture(model: Callable[..., Any], inputs: Inputs, dynamic: bool | None = Fa
             stack.enter_context(mode)
         stack.enter_context(torch.no_grad())
         args, kwargs = call_arguments(inputs)
+        if mode is not None:
+            args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: fake_of(t, mode), (args, kwargs))
 
         @unbroken
         def recording(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -388,7 +393,7 @@ def _copy(value: Any) -> Any:
 
 def execute(program: Program, args: Sequence[Any]) -> tuple[Any, ...]:
     """Outputs of a captured program; on fake arguments from its metadata, without running it."""
-    mode = next((a.fake_mode for a in args if isinstance(a, FakeTensor)), None)
+    mode = mode_of(args)
     if mode is None:
         return tuple(program.gm(*args))
     inputs = dict(zip(program.placeholders, args, strict=True))
@@ -413,5 +418,5 @@ def fake_mode_of(model: Any, inputs: Inputs = ()) -> FakeTensorMode | None:
     if isinstance(model, torch.nn.Module):
         tensors += [*model.parameters(), *model.buffers()]
     if not callable(inputs):
-        tensors += torch.utils._pytree.tree_leaves(inputs)
-    return next((t.fake_mode for t in tensors if isinstance(t, FakeTensor)), None)
+        tensors += pytree.tree_leaves(inputs)
+    return mode_of(tensors)

@@ -15,6 +15,7 @@ integer that turns out to decide no size (the row of a table) stays an input.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import operator
 import weakref
@@ -31,11 +32,13 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensor,
     FakeTensorMode,
+    unset_fake_temporarily,
 )
 from torch.fx.experimental.symbolic_shapes import DimDynamic
 from torch.utils import _pytree as pytree
 
 from fastpar.core.errors import CaptureError
+from fastpar.graph.fakes import fake_of, mode_of, values_of
 from fastpar.graph.program import Input, copy_module, source_line
 from fastpar.graph.reads import is_symbolic, leading_to, name_of, symbols
 from fastpar.graph.unbroken import Broken
@@ -57,7 +60,8 @@ class Sized:
     ``args`` are those of the first call, and ``examples`` the same with all sizes that Dynamo knows fixed. What a later
     call compiles is compiled for ``examples``, as fake tensors: the weights of that call may be shells.
 
-    Raises ``Broken`` where sizes do not follow from what is read, and :class:`CaptureError` where ``args`` are fake.
+    Raises ``Broken`` where sizes do not follow from what is read, and :class:`CaptureError` where ``args`` are fake and
+    stand for no values.
     """
 
     def __init__(
@@ -99,6 +103,8 @@ class Sized:
             del self.programs[next(iter(self.programs))]
         numbers = [type(v) is int and i not in self.sizes for i, v in enumerate(read)]
         further = [x for v, n in zip(read, numbers, strict=True) for x in _parts(v) if n or isinstance(x, torch.Tensor)]
+        if (mode := mode_of(args)) is not None:
+            further = [fake_of(x, mode) if isinstance(x, torch.Tensor) else x for x in further]
         return run(*args, *further)
 
     def _key(self, read: Sequence[Any]) -> Any:
@@ -120,22 +126,25 @@ class Sized:
 
     def read(self, args: Sequence[Any]) -> list[Any]:
         """What the reads give for these arguments of a call: tensors, tuples of tensors or numbers."""
-        env: dict[fx.Node, Any] = dict(zip(self.gm.graph.find_nodes(op="placeholder"), args, strict=True))
+        placeholders = list(self.gm.graph.find_nodes(op="placeholder"))
+        given = values_of([args[i] for i in self.needed])
+        env: dict[fx.Node, Any] = dict(zip((placeholders[i] for i in self.needed), given, strict=True))
         runner = fx.Interpreter(self.gm)
-        with torch.no_grad():
+        with torch.no_grad(), contextlib.nullcontext() if mode_of(given) else unset_fake_temporarily():
             for node in self.before:
-                given, named = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
+                positional, named = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
                 try:
-                    env[node] = getattr(runner, node.op)(node.target, given, named)
+                    env[node] = getattr(runner, node.op)(node.target, positional, named)
                 except (DataDependentOutputException, DynamicOutputShapeException) as error:
                     raise CaptureError(
                         f"a size depends on the values of tensors at {source_line(node)}, and fake tensors have none: "
-                        "give the model real inputs"
+                        "give masks and integers as real tensors"
                     ) from error
         return [env[n] for n in self.reads]
 
     def _fake(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor if isinstance(tensor, FakeTensor) else self.mode.from_tensor(tensor, static_shapes=True)
+        own = isinstance(tensor, FakeTensor) and tensor.fake_mode is self.mode  # another: of a model that is not run
+        return tensor if own else self.mode.from_tensor(tensor, static_shapes=True)
 
     def compiled(self, read: Sequence[Any]) -> Callable[..., Any]:
         """The program for sizes that were read, for all arguments and the tensors among ``read``."""
