@@ -81,6 +81,10 @@ def joined(device: str = "cpu", timeout: timedelta = TIMEOUT) -> Iterator[torch.
     ``device`` is ``cpu`` (gloo) or ``cuda`` (NCCL, and gloo for what is on the host). No rank leaves the world while
     another one still reads from it.
     """
+    # Before there is a group: a module that this imports keeps the world's of that moment as a default argument, for
+    # ever, and threads of gloo's outlive the interpreter (``groups``).
+    import torch._dynamo
+
     own = torch.device(device)
     if device == "cuda":
         own = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
