@@ -80,6 +80,7 @@ class Sized:
         mode = TracingContext.get().fake_mode
         assert mode is not None
         self.mode: FakeTensorMode = mode
+        self.given = mode_of(args)  # of a model that is not run; Dynamo guards on it
         self.examples = pytree.tree_map_only(torch.Tensor, self._fake, list(examples))
         self.context = CompileContext.try_get()
         self.programs: dict[Any, Callable[..., Any]] = {}
@@ -103,8 +104,8 @@ class Sized:
             del self.programs[next(iter(self.programs))]
         numbers = [type(v) is int and i not in self.sizes for i, v in enumerate(read)]
         further = [x for v, n in zip(read, numbers, strict=True) for x in _parts(v) if n or isinstance(x, torch.Tensor)]
-        if (mode := mode_of(args)) is not None:
-            further = [fake_of(x, mode) if isinstance(x, torch.Tensor) else x for x in further]
+        if self.given is not None:
+            further = [fake_of(x, self.given) if isinstance(x, torch.Tensor) else x for x in further]
         return run(*args, *further)
 
     def _key(self, read: Sequence[Any]) -> Any:
