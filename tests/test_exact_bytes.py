@@ -90,13 +90,11 @@ def test_halos_and_sums_of_rows() -> None:
     row, sums, output = 4 * 6 * 8, 2 * 8, 4 * 8 * 6 * 8  # bytes: a row, the sums of two groups, the picture
     for n in (2, 4):
         report = fastpar.explain(captured, plan=f"ulysses={n}")
-        crossing = 2 * row
-        mean = (crossing + 2 * 2 * sums + output) * (n - 1) / n
-        assert report.bytes_formula == mean
-        assert report.bytes_per_rank == mean + (crossing / n if n > 2 else 0)  # a rank with two neighbours
+        crossing = row if n == 2 else 2 * row  # to one neighbour, or to two
+        assert report.bytes_per_rank == report.bytes_formula == crossing + (2 * 2 * sums + output) * (n - 1) / n
         # halos, the sums of values and squares together, the picture
         assert sum(c.count for c in report.collectives) == report.collectives_formula == 3
-        assert "halos R/t" in report.formula and "sums over ranks 2*S*(t - 1)/t" in report.formula
+        assert "plus halos R" in report.formula and "sums over ranks 2*S*(t - 1)/t" in report.formula
 
 
 def test_links_of_a_topology() -> None:

@@ -5,8 +5,8 @@ plans that nobody has built. Symbols: Q, K elements of the query and of the key 
 (B S H D and B T H D); n ranks that split its tokens, of which u share out heads, w share the rows of one step of
 a ring (where heads do not fill the Ulysses axis) and r form the ring: n = u w r. A torus over M machines, of which m
 share out heads, leaves keys split over r ranks: M times the ring inside a machine. S elements of a rank's result of
-a product whose weight is cut by rows over t ranks, or of any other sum that t ranks add up. R elements that the
-windows of all t ranks have beyond the value that they read. E elements of the outputs, N all ranks. D numbers of b
+a product whose weight is cut by rows over t ranks, or of any other sum that t ranks add up. R elements of a rank's rows
+that the windows of its two neighbours have as well. E elements of the outputs, N all ranks. D numbers of b
 bytes are a row; of a tensor that travels quantized, f = (D + 4)/(b*D) of the bytes do. Sources: DeepSpeed-Ulysses
 section 3; USP table 1; Ring Attention section 3; DistriFusion section 4; Megatron-LM section 3; StreamFusion,
 sections on topology-aware scheduling and Torus Attention; cache-dit's 8-bit exchanges, in which K is left as it is.
@@ -38,12 +38,12 @@ ELEMENTS: dict[str, Any] = {
     "sums over ranks": 2 * S * (t - 1) / t,
     "sums of which ranks keep rows": S * (t - 1) / t,
     "terms of sums": S * (t - 1),
-    "halos": R / t,
+    "halos": R,
     "outputs": E * (N - 1) / N,
 }
 """Elements that leave a rank: per attention (the first seven), per sum (behind each pair of products whose weights are
-cut, and over split rows), per exchange of windows (a convolution of k taps and stride s has R = (t - 1)(k - s) rows),
-per call."""
+cut, and over split rows), per exchange of windows (a convolution of k taps and stride s has R = k - s rows, of which
+each of only two ranks sends its own side's), per call."""
 
 TERMS = {
     "ulysses": tuple(ELEMENTS)[:2],

@@ -1,9 +1,9 @@
 """Closed forms of a plan's communication, to hold what a program sends against: bytes, links and collectives.
 
-The forms stand in ``cost``. They give the mean of all ranks: where N does not divide the rows, and between neighbours
-(of which the first and the last rank have one), the busiest rank sends more. Of rows that are shared out by the ranks'
-speeds, what the fastest sends at most. Rows that are moved for other reasons, such as a view that needs other parts,
-are not part of them.
+The forms stand in ``cost``. They give the mean of all ranks: where N does not divide the rows, the busiest rank sends
+more. Of halos, what a rank sends that has neighbours on both sides (the first and the last have one). Of rows that are
+shared out by the ranks' speeds, what the fastest sends at most. Rows that are moved for other reasons, such as a view
+that needs other parts, are not part of them.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import fx
 from fastpar.core.layout import Layout
 from fastpar.core.mesh import Mesh
 from fastpar.core.plan import Plan
+from fastpar.core.transfer import elements_sent
 from fastpar.graph.count import EXCHANGES
 from fastpar.graph.program import Program
 from fastpar.ops.collectives import all_reduce
@@ -43,8 +44,8 @@ def _results(program: Program) -> list[torch.Tensor]:
 
 @dataclass(frozen=True)
 class Flow:
-    """One kind of exchange, all of a program together: bytes that leave a rank in the mean, the mesh axes among
-    whose ranks they move, and whether each rank sends to the next one only (else to all others alike)."""
+    """One kind of exchange, all of a program together: bytes that leave a rank, the mesh axes among whose ranks they
+    move, and whether each rank sends to neighbours only (else to all others alike)."""
 
     bytes: float
     axes: tuple[str, ...]
@@ -55,7 +56,7 @@ class Flow:
 class Volume:
     """What a plan sends per call by its closed form.
 
-    ``bytes`` leave a rank in the mean, in so many ``collectives``; ``text`` is the form and ``values`` what its
+    ``bytes`` leave a rank, in so many ``collectives``; ``text`` is the form and ``values`` what its
     symbols stand for, by kind of attention or product (``count`` of which there are, of ``itemsize`` bytes each).
     """
 
@@ -121,7 +122,7 @@ def volume(sharded: Program, plan: Plan, mesh: Mesh) -> Volume:
             name, symbols, axes = further
             size = node.meta["val"].element_size() if isinstance(node.meta["val"], torch.Tensor) else 0
             kinds[(*symbols.items(), ("itemsize", size))] += 1
-            out.flows.append(Flow(cost.elements(name, **symbols) * size / deal, axes))
+            out.flows.append(Flow(cost.elements(name, **symbols) * size / deal, axes, ring=name == "halos"))
             names.append(name)
             exchanges.add(node.args[0])
     out.collectives += len(levels) + len(exchanges)
@@ -176,8 +177,9 @@ def _further(node: fx.Node, mesh: Mesh) -> tuple[str, dict[str, int], tuple[str,
         return "sums of which ranks keep rows", dict(S=size // mesh.size(axes), t=mesh.size(axes)), axes
     if layout.windowed:
         axes = mesh.ordered(layout.split_axes)
-        further = sum(math.prod(layout.local_shape(mesh, rank)) for rank in mesh.group(0, axes)) - size
-        return ("halos", dict(R=further, t=mesh.size(axes)), axes) if further > 0 else None  # 0: a ring's blocks
+        held = sum(math.prod(layout.local_shape(mesh, rank)) for rank in mesh.group(0, axes))
+        if held > size:  # else they are a ring's blocks
+            return "halos", dict(R=max(elements_sent(x.meta["layout"], layout, mesh))), axes
     return None
 
 
