@@ -39,10 +39,11 @@ class Cancel(Pass):
             if node.args[1] == node.args[2]:
                 node.replace_all_uses_with(node.args[0])
         program.graph.eliminate_dead_code()
+        joined = set(program.graph.nodes)  # what was joined with others travels in those
         cut_late(program.graph, mesh)
         cut_early(program.graph, mesh)
         left = set(program.graph.nodes)
-        fallbacks = program.gm.meta.get("fallbacks", [])
+        fallbacks = [f for f in program.gm.meta.get("fallbacks", []) if f.node in left or f.node not in joined]
         program.gm.meta["fallbacks"] = [f for f in fallbacks if f.node not in left or not is_free(f.node, mesh)]
         program.gm.recompile()
         return program

@@ -33,11 +33,12 @@ from fastpar.graph.count import node_flops
 from fastpar.graph.pipeline import Pass, PassContext
 from fastpar.graph.program import Program, draws, source_line
 from fastpar.graph.prologue import bytes_on_ranks, parts_read
-from fastpar.graph.roofline import is_view, local_shape, reads
+from fastpar.graph.roofline import local_shape, reads
 from fastpar.graph.schedule import SLACK, calls, shortest
 from fastpar.graph.tidy import escaping
 from fastpar.ops.collectives import COLLECTIVES
 from fastpar.ops.join import join
+from fastpar.rules import is_view
 
 aten = torch.ops.aten
 _COPIES = {aten.clone.default, aten._to_copy.default, aten.repeat.default, aten.expand_copy.default}

@@ -23,11 +23,10 @@ from fastpar.core.layout import Dim, Layout
 from fastpar.core.mesh import Mesh
 from fastpar.graph.pipeline import Pass, PassContext
 from fastpar.graph.program import Program, source_line
-from fastpar.graph.roofline import is_view
 from fastpar.graph.schedule import SLACK, calls, shortest
 from fastpar.graph.tidy import dead_code
 from fastpar.ops.collectives import all_gather, all_to_all, gathers_evenly, local
-from fastpar.rules import Call, Pos, rule_for
+from fastpar.rules import Call, Pos, is_view, rule_for
 from fastpar.sharding.insert import HEAVY, seed_layout
 
 _ATTENTION = "fastpar::attention"

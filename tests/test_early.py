@@ -23,6 +23,7 @@ from fastpar.ops.redistribute import redistribute
 from fastpar.run.build import build
 from fastpar.sharding import early
 from fastpar.sharding.early import cut_early
+from tests.test_torus import attention
 
 MESH = Mesh((("a", 3),))
 S = 8
@@ -134,6 +135,66 @@ def test_what_is_large_is_exchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     for model, given, halos in ((wide, x, 0), (narrow, many, 1)):
         report = fastpar.verify(model, (given,), plan="gather=2")
         assert report.ok and sum(c.count for c in report.collectives if c.why == "plan") == halos
+
+
+def modulated(x: torch.Tensor, text: torch.Tensor, t: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """Rows of two inputs behind one another, scaled by what a time step gives, spread over all of them; as ERNIE-Image
+    does it, where the rows are the first operand once, and the modulation is."""
+    rows = torch.cat([x @ w[:, :8], text @ w[:, 8:]], 1)
+    scale, gate = (t @ w).unsqueeze(1).expand(-1, rows.shape[1], -1).contiguous().chunk(2, -1)
+    q = ((1 + scale) * rows).unflatten(-1, (2, 4)).transpose(1, 2)
+    return rows + gate * F.scaled_dot_product_attention(q, q, q).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("plan", ["ulysses=4", "ring=3", "cfg=2,ring=3", "cfg=2,ulysses=2"])
+def test_what_is_spread_over_rows_is_spread_over_those_it_meets(plan: str) -> None:
+    """The rows are shared out by inputs, and the modulation, alone, would be as one: it is made anew, also where its
+    batch is split and only a rank's own half of it is there to make it from."""
+    torch.manual_seed(0)
+    given = [torch.randn(*shape).double() for shape in ((2, 13, 8), (2, 7, 8), (2, 8), (8, 16))]
+    report = fastpar.verify(modulated, tuple(given), plan=plan)
+    assert report.ok and {c.why for c in report.collectives} == {"attention", "output"}
+
+
+def test_what_a_plan_sends_is_sent() -> None:
+    """Though every rank could make the queries, keys and values here, which in a model are products."""
+    for plan in ("ulysses=4", "ring=3", "gather=4"):
+        report = fastpar.explain(attention(24, 96), plan=plan)
+        assert "attention" in {c.why for c in report.collectives} and report.bytes_per_rank == report.bytes_formula
+
+
+def biased(x: torch.Tensor, t: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """A bias for each pair of tokens, of what a product gives for each sample of a batch."""
+    a, b = (t @ w).chunk(2, -1)
+    x = x * t[:, None, None]
+    return F.scaled_dot_product_attention(x, x, x, attn_mask=(a[:, :, None].sin() + b[:, None])[:, None])
+
+
+def test_of_a_part_of_the_batch_a_rank_makes_its_rows() -> None:
+    given = [torch.randn(*shape).double() for shape in ((2, 1, 12, 8), (2, 8), (8, 24))]
+    program = fastpar.capture(biased, tuple(given)).programs[0].program
+    graph = build(program, "cfg=2,gather=3").lowered.graph
+    mesh = Mesh((("cfg", 2), ("gather", 3)))
+    made = {n.meta["layout"].local_shape(mesh, 0) for n in graph.nodes if n.target is torch.ops.aten.add.Tensor}
+    assert made == {(1, 4, 12)}
+    assert fastpar.verify(biased, tuple(given), plan="cfg=2,gather=3").ok
+
+
+def test_what_takes_longer_to_make_is_exchanged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(early, "AT_ONCE", 0)
+    torch.manual_seed(0)
+
+    def long(x: torch.Tensor, text: torch.Tensor, t: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        rows = torch.cat([x, text], 1)
+        gate = (t @ w).unsqueeze(1).expand(-1, rows.shape[1], -1).contiguous()
+        for _ in range(40):
+            gate = gate.sin()
+        rows = gate * rows
+        return F.scaled_dot_product_attention(rows, rows, rows)
+
+    given = [torch.randn(*shape).double() for shape in ((2, 13, 8), (2, 7, 8), (2, 8), (8, 8))]
+    report = fastpar.verify(long, tuple(given), plan="ulysses=4")
+    assert report.ok and "plan" in {c.why for c in report.collectives}
 
 
 @pytest.mark.parametrize("draw", [lambda x: F.dropout(x, 0.5, True), lambda x: torch.bernoulli(x.sigmoid())])

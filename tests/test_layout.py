@@ -202,6 +202,19 @@ def test_the_designs_examples() -> None:
     assert not isinstance(rows, Misfit) and str(rows[2]) == "24@sp(12*2)"
 
 
+def test_axes_along_which_layouts_differ() -> None:
+    joint = Layout.parse("[2@cfg(1*2), 20@sp(10,10)+4@sp(2,2), 8]")
+    even = Layout.parse("[2@cfg(1*2), 24@sp(12*2), 8]")
+    assert joint.differing(even) == {"sp"} and joint.differing(joint) == set()
+    assert joint.without(("sp",)) == even.without(("sp",)) == Layout.parse("[2@cfg(1*2), 24, 8]")
+    assert joint.without(("cfg", "sp")) == Layout.whole((2, 24, 8)) and joint.without(()) == joint
+    flat, other = (Layout.parse(f"[2@cfg(1*2)*24@sp({parts})]") for parts in ("12*2", "14,10"))
+    assert flat.differing(other) == {"sp"} and flat.without(("cfg",)) == Layout.parse("[2*24@sp(12*2)]")
+    assert Layout.parse("[24@cfg.sp(6*4)]").without(("sp",)) is None, "these rows are split over both together"
+    summed = Layout.parse("[8] partial(sum:sp)")
+    assert summed.differing(summed.summed()) == {"sp"} and summed.without(("sp",)) is None
+
+
 def test_ulysses_volume() -> None:
     """4 exchanges of 1/N of the tensor, (N-1)/N of which leaves (DeepSpeed-Ulysses, section 3)."""
     mesh = Mesh((("sp", 8),))

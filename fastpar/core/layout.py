@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache, cached_property, lru_cache
@@ -278,6 +278,26 @@ class Layout:
     def summed(self) -> Layout:
         """The same layout with nothing partial."""
         return Layout(self.dims) if self.partial else self
+
+    def without(self, axes: Collection[str]) -> Layout | None:
+        """The same layout, but whole along ``axes``; None where rows are split over these and others together."""
+        if self.partial_axes & set(axes):
+            return None
+        dims = []
+        for dim in self.dims:
+            if any(atom.axes & set(axes) and not atom.axes <= set(axes) for atom in dim.atoms):
+                return None
+            dims.append(Dim.of(Atom((Seg(a.size),)) if a.axes & set(axes) else a for a in dim.atoms))
+        return Layout(tuple(dims), self.partial)
+
+    def differing(self, other: Layout) -> frozenset[str]:
+        """Axes along which ranks hold something else of a value in this and in the ``other`` layout."""
+        out = self.partial_axes ^ other.partial_axes
+        for a, b in zip(self.dims, other.dims, strict=True):
+            alike = [x.size for x in a.atoms] == [x.size for x in b.atoms]
+            pairs: Iterable[tuple[Atom | Dim, Atom | Dim]] = zip(a.atoms, b.atoms, strict=True) if alike else [(a, b)]
+            out = out.union(*(x.axes | y.axes for x, y in pairs if x != y))
+        return out
 
     def check(self, mesh: Mesh) -> None:
         """Raise ValueError unless every axis exists, has one part per coordinate and is used once."""

@@ -15,8 +15,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from fastpar.core.layout import Layout
 from fastpar.graph.program import Input, Program, module_of
-from fastpar.graph.roofline import is_view, local_shape, node_bytes
+from fastpar.graph.roofline import local_shape, node_bytes
 from fastpar.ops.collectives import local
+from fastpar.rules import is_view
 
 
 @dataclass(frozen=True)

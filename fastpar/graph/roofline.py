@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable
-from operator import getitem
 from typing import Any
 
 import torch
@@ -43,14 +42,6 @@ def reads(node: fx.Node) -> bool:
         return False  # that is how the message is written, which counts as the exchange's
     schema = getattr(node.target, "_schema", None)
     return schema is not None and schema.name in _READS
-
-
-def is_view(node: fx.Node) -> bool:
-    """Whether the operator only looks at its operand in another way, or takes one of several results."""
-    if node.target in (getitem, torch.ops.aten._unsafe_view.default):
-        return True
-    returns = getattr(getattr(node.target, "_schema", None), "returns", ())
-    return any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
 
 
 def seconds(program: Program) -> list[float]:

@@ -17,12 +17,13 @@ from torch import fx
 
 from fastpar.core.mesh import Mesh
 from fastpar.graph.count import messages
-from fastpar.graph.roofline import is_view, local_shape, reads
+from fastpar.graph.roofline import local_shape, reads
 from fastpar.graph.schedule import Task, calls
 from fastpar.ops.collectives import COLLECTIVES, all_reduce, all_to_all, axes_of
 from fastpar.plan.clock import CHECK, check_seconds, seconds
 from fastpar.plan.predict import LAUNCH
 from fastpar.plan.topology import Topology, detect, load
+from fastpar.rules import is_view
 
 Messages = tuple[np.ndarray, np.ndarray, np.ndarray]
 

@@ -17,8 +17,8 @@ from torch import fx
 
 from fastpar.graph.count import carrying, node_flops
 from fastpar.graph.program import Program
-from fastpar.graph.roofline import is_view, node_bytes, reads
-from fastpar.rules import Call
+from fastpar.graph.roofline import node_bytes, reads
+from fastpar.rules import Call, is_view
 from fastpar.sharding.candidates import find, find_batch, is_attention
 from fastpar.sharding.weights import find_weights
 

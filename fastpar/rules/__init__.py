@@ -20,6 +20,6 @@ from fastpar.rules import (  # noqa: F401  (imported for their registrations)
     terms,
     views,
 )
-from fastpar.rules.table import Call, Decision, Pos, Rule, has_rule, rule_for
+from fastpar.rules.table import Call, Decision, Pos, Rule, has_rule, is_view, rule_for
 
-__all__ = ["Call", "Decision", "Pos", "Rule", "has_rule", "rule_for"]
+__all__ = ["Call", "Decision", "Pos", "Rule", "has_rule", "is_view", "rule_for"]

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from operator import getitem
 from typing import Any
 
 import torch
@@ -138,6 +139,14 @@ def tensor_operands(node: fx.Node) -> tuple[fx.Node, ...]:
         for n in pytree.tree_leaves((node.args, node.kwargs))
         if isinstance(n, fx.Node) and isinstance(n.meta.get("val"), torch.Tensor)
     )
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether the operator only looks at its operand in another way, or takes one of several results."""
+    if node.target in (getitem, torch.ops.aten._unsafe_view.default):
+        return True
+    returns = getattr(getattr(node.target, "_schema", None), "returns", ())
+    return any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
 
 
 Localised = tuple[Any, tuple[Any, ...], dict[str, Any]]

@@ -117,6 +117,8 @@ class Inserter:
         self.versions: dict[fx.Node, dict[Layout, fx.Node]] = {}
         self.main: dict[fx.Node, Layout] = {}
         self.results: dict[fx.Node, list[fx.Node]] = {}  # of operators with several, written out
+        # axes along which a value is split that is made from whole ones, and could be split otherwise (``cut_late``)
+        self.loose: dict[fx.Node, frozenset[str]] = {}
         self.ahead = heavy_ahead(graph)
 
     def run(self) -> Sharded:
@@ -151,15 +153,18 @@ class Inserter:
         node = self.out.graph.call_function(redistribute, (held[src], str(src), str(want)))
         node.meta = {**inherited(old.meta), "val": old.meta["val"], "layout": want, "why": why}
         held[want] = node
-        self.out.moved += max(elements_sent(src, want, self.mesh)) * old.meta["val"].element_size()
+        if not self._is_loose(old, src, want):
+            self.out.moved += max(elements_sent(src, want, self.mesh)) * old.meta["val"].element_size()
         return node
 
     def _seed(self, node: fx.Node) -> None:
         want = self.main[node].summed()
+        before = want.axes
         for seed, axes in self.seeds[node]:
             if not set(axes) & want.axes:  # else rows of another dimension are split here already
                 want = seed_layout(want, seed.pos, axes, self.mesh, self.unit, seed.before)
         self._hold(node, self._get(node, want, "seed"), want)
+        self.loose[node] = self._loose(node) | (want.axes - before)
 
     # -- nodes ----------------------------------------------------------------------------
 
@@ -194,6 +199,7 @@ class Inserter:
             want = Layout.parse(str(node.args[2]))
             free = is_local(self.main[node.args[0]], want, self.mesh)  # type: ignore[index]
             self._hold(node, self._get(node.args[0], want, "seed" if free else "rows"), want)  # type: ignore[arg-type]
+            self._loosen(node, node.all_input_nodes)
             return
         call = Call.of(node, tail=node not in self.ahead)
         layouts = tuple(self.main[n] for n in call.operands)
@@ -201,16 +207,48 @@ class Inserter:
         if written is not None:
             self._inline(node, call, traced(call, written, layouts, self.mesh, self.known))
             return
-        decision = rule_for(call).decide(call, layouts, self.mesh)
+        decision = self._decide(call, layouts)
         if call.tail and any(gathered(layouts[g.operand], decision.inputs[g.operand]) for g in decision.gathers):
             # what is gathered here is the output's, which needs all of it: one gather, not one per axis
             decision = rule_for(call).decide(call, tuple(Layout.whole(s) for s in call.shapes), self.mesh)
         new = self._emit(call, self._operands(call, decision, layouts), decision)
         if isinstance(node.meta["val"], torch.Tensor):
             self._hold(node, new, new.meta["layout"])
+            if call.name not in HEAVY:
+                self._loosen(node, call.operands)
         else:
             new.meta["layout"] = _nest(node.meta["val"], decision.outputs)
             self.out.values[node] = new
+
+    def _decide(self, call: Call, layouts: tuple[Layout, ...]) -> Decision:
+        """What the rule decides; where that moves rows that only others have, what it decides as if all that is loose
+        were whole, if that moves fewer."""
+        rule = rule_for(call)
+        decision = rule.decide(call, layouts, self.mesh)
+        loose = [self._loose(n) for n in call.operands]
+        if any(loose) and (moved := self._moved(call, layouts, decision)):
+            other = rule.decide(call, tuple(x.without(y) or x for x, y in zip(layouts, loose, strict=True)), self.mesh)
+            if self._moved(call, layouts, other) < moved:
+                return other
+        return decision
+
+    def _moved(self, call: Call, layouts: Sequence[Layout], decision: Decision) -> int:
+        """Elements that leave the busiest rank for a decision's layouts, but for what is loose."""
+        moves = [(x.summed(), want) for n, x, want in zip(call.operands, layouts, decision.inputs, strict=True)
+                 if not self._is_loose(n, x.summed(), want)]  # fmt: skip
+        return sum(max(elements_sent(x, want, self.mesh)) for x, want in moves)
+
+    def _loose(self, node: fx.Node) -> frozenset[str]:
+        return self.loose.get(node, frozenset())
+
+    def _is_loose(self, node: fx.Node, have: Layout, want: Layout) -> bool:
+        """Whether all along which a value's rows would move are axes along which it is loose."""
+        return have.differing(want) <= self._loose(node)
+
+    def _loosen(self, node: fx.Node, operands: Sequence[fx.Node]) -> None:
+        """Note along which axes a value is loose: no operand that is split along them is not."""
+        held = frozenset[str]().union(*(self.main[n].axes - self._loose(n) for n in operands))
+        self.loose[node] = self.main[node].split_axes - held
 
     def _inline(self, node: fx.Node, call: Call, graph: fx.Graph) -> None:
         """Walk over ``graph`` in the place of ``node``."""
@@ -236,6 +274,7 @@ class Inserter:
         """``node`` is the value ``same`` under another name."""
         self.versions[node] = self.versions[same]
         self.main[node] = self.main[same]
+        self.loose[node] = self._loose(same)
         self.out.values[node] = self.out.values[same]
 
     def _operands(self, call: Call, decision: Decision, layouts: Sequence[Layout]) -> list[fx.Node]:
