@@ -150,6 +150,63 @@ def test_of_an_input_these_rows_are_even_that_are_taken(plan: str, keys: str) ->
     assert {c.why for c in report.collectives} <= {"output", "attention"}
 
 
+class Two(FeedForward):
+    """Attention over some rows, and a network of its own over others, which nothing leads to from the first.
+
+    ``meet``: the others are keys of the rows' attention (a prompt); else a result.
+    """
+
+    def __init__(self, wide: int, meet: bool) -> None:
+        super().__init__()
+        self.meet = meet
+        self.other = nn.Sequential(nn.Linear(WIDTH, wide), nn.SiLU(), nn.Linear(wide, WIDTH))
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        x, y = x + attend(super().forward(x)), self.other(y)
+        if not self.meet:
+            return x, y
+        q, k = (z.unflatten(-1, (2, -1)).transpose(1, 2) for z in (x, y))
+        return (x + F.scaled_dot_product_attention(q, k, k).transpose(1, 2).flatten(2),)
+
+
+@pytest.mark.parametrize("plan", ["ulysses=4", "ring=3", "cfg=2,gather=2"])
+def test_a_network_of_its_own_is_split_too(plan: str) -> None:
+    report = check(Two(400, False), plan, torch.randn(2, 12, WIDTH), torch.randn(2, 24, WIDTH))
+    assert report.flops_share == pytest.approx(report.attainable_share) and not report.replicated
+
+
+@pytest.mark.parametrize(("wide", "meet"), [(8, False), (400, True)])
+def test_what_is_little_or_a_prompt_stays_whole(wide: int, meet: bool) -> None:
+    """Another candidate takes time to try; and keys that are the same in every step are made once, with ``hoist``."""
+    report = check(Two(wide, meet), "gather=3", torch.randn(1, 48, WIDTH), torch.randn(1, 6, WIDTH))
+    assert report.replicated and not any("tried" in n for n in report.notes)
+    assert sum(c.count for c in report.collectives if c.why == "attention") == 1
+
+
+class Encoder(nn.Module):
+    """Convolutions that take a picture down to one place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        taps = [(3, 1), (3, 2), (3, 2), (2, 1)]  # and strides: of 8 rows 8, 4, 2 and 1
+        self.convs = nn.ModuleList(nn.Conv2d(WIDTH, WIDTH, k, stride=s, padding=k // 2 * (k % 2)) for k, s in taps)
+        self.out = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, picture: torch.Tensor) -> torch.Tensor:
+        for conv in self.convs:
+            picture = conv(picture)
+        return self.out(picture.squeeze(-1).squeeze(-1))
+
+
+@pytest.mark.parametrize("plan", ["gather=2", "gather=4", "cfg=2,ring=2"])
+def test_rows_that_come_down_to_one(plan: str) -> None:
+    """Which a rank has, and all need: it travels by itself, and is no gather."""
+    report = check(Encoder(), plan, torch.randn(2, WIDTH, 8, 8))
+    row = 2 * WIDTH * 8
+    assert 0 < sum(c.bytes for c in report.collectives if c.why == "rows") <= row * (report.ranks - 1)
+    assert report.flops_share < 0.7
+
+
 def test_seeds_have_one_order() -> None:
     """They come as a set, which every process has in another order; ranks must come to the same program."""
     graph = fx.Graph()

@@ -11,7 +11,8 @@ leading dimension is a candidate too: attention of whole windows needs no exchan
 
 A program without attention is split along the rows of its largest softmax, which is an attention that is written out
 in a way that capture does not take, or of its heaviest convolution; one without either along the rows of its heaviest
-product.
+product. A program may hold several networks: where products that have nothing to do with what seeds lead to are much
+of the work, their rows are cut, too.
 """
 
 from __future__ import annotations
@@ -61,6 +62,11 @@ class Candidate:
 def is_attention(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target is attention
 
+
+MUCH = 0.25
+"""Of the work in products and attentions; less is not looked into, for each candidate is tried."""
+
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::convolution")
 
 T = TypeVar("T")
 At = tuple[fx.Node, Pos]
@@ -210,7 +216,9 @@ def find(graph: fx.Graph) -> list[Candidate]:
                 windows.append((walk.seeds(call.operands[0], pos), node))
     candidates = _merge(found, walk) if found else _rows_of_softmax(graph, walk)
     if not candidates:
-        return _rows_of_product(graph, walk)
+        candidates = _rows_of_product(graph, walk)
+        return candidates + _with_others(candidates[:1], graph, walk)
+    candidates += _with_others(candidates[:1], graph, walk)
     candidates += _new(_merge([w for w in windows if not all(map(_leading, w[0]))], walk), candidates)
     # Rows of an attention in the middle of a U-Net or an autoencoder lead back to where rows were last made fewer; what
     # comes before, at full resolution, is most of the work, and its rows lead to the input.
@@ -301,14 +309,12 @@ def _rows_of_softmax(graph: fx.Graph, walk: Walk) -> list[Candidate]:
 
 def _rows_of_product(graph: fx.Graph, walk: Walk) -> list[Candidate]:
     """Rows of the heaviest product, and what they were merged from: there is no attention to start from."""
-    heaviest = _heaviest(graph, walk, ("aten::mm", "aten::addmm", "aten::bmm", "aten::convolution"))
+    heaviest = _heaviest(graph, walk, PRODUCTS)
     if heaviest is None:
         return []
     if walk.call(heaviest).name == "aten::convolution":
         return _rows_of_convolution(heaviest, walk)[:1]
-    dims = heaviest.meta["val"].dim()
-    rows = Pos(dims - 2, 1, int(heaviest.meta["val"].shape[-2]), 1)
-    found = [walk.seeds(heaviest, pos) for pos in (rows, *walk.merged(heaviest, rows))]
+    found = [walk.seeds(heaviest, pos) for pos in _rows_of(heaviest, walk)]
     return [walk.candidate(graph, seeds) for seeds in found if seeds]
 
 
@@ -316,28 +322,84 @@ def _heaviest(
     graph: fx.Graph, walk: Walk, names: Sequence[str], beside: Collection[fx.Node] = ()
 ) -> fx.Node | None:
     """The product of one of these names with the most work, among those with rows to split and not ``beside``."""
-    best: tuple[int, fx.Node] | None = None
+    works = {n: _work_over_rows(n, walk) for n in graph.nodes if n not in beside and not is_attention(n)}
+    found = [n for n in works if works[n] and walk.call(n).name in names]
+    return max(found, key=lambda n: works[n], default=None)
+
+
+def _with_others(candidates: list[Candidate], graph: fx.Graph, walk: Walk) -> list[Candidate]:
+    """The candidates with the rows of networks of their own, where their products are much of the work.
+
+    No seed leads to these, nor they to anything that one leads to: a prompt's keys stay whole, which are the same in
+    every step (``hoist``).
+    """
+    out = []
+    works = {n: work for n in graph.nodes if (work := _work_over_rows(n, walk))}
+    for candidate in candidates:
+        seeds = set(candidate.seeds)
+        tried: set[fx.Node] = set()
+        while left := {n: works[n] for n in _apart(graph, seeds, works) if n not in tried}:
+            if sum(left.values()) < MUCH * sum(works.values()) and not tried:
+                break
+            node = max(left, key=lambda n: left[n])
+            tried.add(node)
+            for pos in _rows_of(node, walk):
+                more = walk.seeds(node, pos)
+                if more and not any(map(_leading, more)) and not _contradict(seeds, more, walk):
+                    seeds |= more
+                    break
+        if seeds != set(candidate.seeds):
+            out.append(walk.candidate(graph, seeds, candidate.attentions))
+    return out
+
+
+def _apart(graph: fx.Graph, seeds: Iterable[Seed], among: Iterable[fx.Node]) -> list[fx.Node]:
+    """Of these nodes those that no seed leads to, and that lead to nothing that one leads to."""
+    reached = _reached(graph, seeds)
+    joined = set(reached)
+    for node in reversed(graph.nodes):
+        if any(user in joined and user.op != "output" for user in node.users):
+            joined.add(node)
+    return [n for n in among if n not in joined]
+
+
+def _reached(graph: fx.Graph, seeds: Iterable[Seed]) -> set[fx.Node]:
+    """Seeds' values and all that is made from them."""
+    reached = {s.node for s in seeds}
     for node in graph.nodes:
-        value = node.meta.get("val")
-        if node.op != "call_function" or not isinstance(value, torch.Tensor) or value.dim() < 2 or node in beside:
-            continue
-        call = walk.call(node)
-        if call.name not in names or not known(call.name):
-            continue
-        convolution = call.name == "aten::convolution"
-        rows = value.shape[2:] if convolution else value.shape[-2:-1]
-        each = math.prod(call.shapes[1][1:]) if convolution else call.shapes[-1][-2]
-        work = math.prod(int(s) for s in value.shape) * each
-        if max(rows, default=0) > 1 and (best is None or work > best[0]):
-            best = (work, node)
-    return best[1] if best is not None else None
+        if any(n in reached for n in node.all_input_nodes):
+            reached.add(node)
+    return reached
+
+
+def _work_over_rows(node: fx.Node, walk: Walk) -> int:
+    """Multiplications of a product, convolution or attention that has rows to split; 0 for all else."""
+    if is_attention(node):
+        return 2 * _work(node)
+    value = node.meta.get("val")
+    if node.op != "call_function" or not isinstance(value, torch.Tensor) or value.dim() < 2:
+        return 0
+    call = walk.call(node)
+    if call.name not in PRODUCTS or not known(call.name):
+        return 0
+    convolution = call.name == "aten::convolution"
+    rows = call.shape[2:] if convolution else call.shape[-2:-1]
+    each = math.prod(call.shapes[1][1:]) if convolution else call.shapes[-1][-2]
+    return math.prod(call.shape) * each if max(rows, default=0) > 1 else 0
+
+
+def _rows_of(node: fx.Node, walk: Walk) -> list[Pos]:
+    """The rows of a product or convolution, or what they were merged from: the best to split first."""
+    shape = walk.call(node).shape
+    if walk.call(node).name == "aten::convolution":
+        return [Pos(d, 1, shape[d], 1) for d in sorted(range(2, len(shape)), key=lambda d: -shape[d]) if shape[d] > 1]
+    rows = Pos(len(shape) - 2, 1, shape[-2], 1)
+    return [*walk.merged(node, rows), rows]
 
 
 def _rows_of_convolution(node: fx.Node, walk: Walk) -> list[Candidate]:
     """A candidate for each dimension of a convolution's rows, the largest first."""
-    shape = [int(n) for n in node.meta["val"].shape]
-    dims = sorted((d for d in range(2, len(shape)) if shape[d] > 1), key=lambda d: -shape[d])
-    found = [_with_branches(node.graph, walk, walk.seeds(node, Pos(d, 1, shape[d], 1)), d) for d in dims]
+    found = [_with_branches(node.graph, walk, walk.seeds(node, pos), pos.dim) for pos in _rows_of(node, walk)]
     return [walk.candidate(node.graph, seeds) for seeds in found if seeds]
 
 
@@ -348,11 +410,7 @@ def _with_branches(graph: fx.Graph, walk: Walk, seeds: Iterable[Seed], dim: int)
     """
     joined = set(seeds)
     while joined:
-        reached = {s.node for s in joined}
-        for node in graph.nodes:
-            if any(n in reached for n in node.all_input_nodes):
-                reached.add(node)
-        other = _heaviest(graph, walk, ("aten::convolution",), beside=reached)
+        other = _heaviest(graph, walk, ("aten::convolution",), beside=_reached(graph, joined))
         if other is None or other.meta["val"].dim() <= dim:
             break
         more = walk.seeds(other, Pos(dim, 1, int(other.meta["val"].shape[dim]), 1))

@@ -91,6 +91,23 @@ def select(call: Call, layouts: Sequence[Layout], mesh: Mesh) -> Written | None:
     return single
 
 
+def squeeze(call: Call, layouts: Sequence[Layout], mesh: Mesh) -> Written | None:
+    """A dimension of one row, which one rank has: every rank needs that row."""
+    layout = layouts[0].summed()
+    gone = call.arg(1, "dim", None)
+    dims = range(len(call.shapes[0])) if gone is None else [gone] if isinstance(gone, int) else gone
+    whole = layout
+    for d in (d % len(call.shapes[0]) for d in dims):
+        whole = whole.with_dim(d, Dim.whole(1)) if call.shapes[0][d] == 1 else whole
+    if whole == layout:
+        return None
+
+    def written(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        return call.node.target(redistribute(x, str(layouts[0]), str(whole)), *rest)  # type: ignore[operator,no-any-return]
+
+    return written
+
+
 def lookup(call: Call, layouts: Sequence[Layout], mesh: Mesh) -> Written | None:
     """Looked-up rows that are a sum over ranks are split at once: the table's were, and what follows is less then."""
     rule = rule_for(call)
@@ -120,5 +137,7 @@ TABLE: dict[str, Callable[[Call, Sequence[Layout], Mesh], Written | None]] = {
     "aten::roll": roll,
     "aten::select": select,
     "aten::select_copy": select,
+    "aten::squeeze": squeeze,
+    "aten::squeeze_copy": squeeze,
     **{f"aten::{name}": lookup for name in ("embedding", "gather", "index", "_unsafe_index", "index_select")},
 }

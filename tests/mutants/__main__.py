@@ -24,12 +24,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.mutants import compiler, displaced, messages, runtime, sizes, speeds, strided
+from tests.mutants import compiler, displaced, messages, runtime, sizes, speeds, splits, strided
 from tests.mutants.mutant import Mutant
 
 ROOT = Path(__file__).resolve().parents[2]
 CONTROL = "(none: the copy as it is must survive)"
-PAGES = (compiler, displaced, messages, runtime, sizes, speeds, strided)
+PAGES = (compiler, displaced, messages, runtime, sizes, speeds, splits, strided)
 MUTANTS = tuple(mutant for page in PAGES for mutant in page.MUTANTS)
 
 

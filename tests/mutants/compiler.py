@@ -409,36 +409,6 @@ MUTANTS = (
         ("tests/test_band.py",),
     ),
     Mutant(
-        "even: every segment's larger parts come first", "fastpar/sharding/insert.py",
-        "self.unit, seed.before)", "self.unit)",
-        ("tests/test_candidates.py", "-k", "segments"),
-    ),
-    Mutant(
-        "even: what is whole does not fill up", "fastpar/rules/views.py",
-        "filling_parts(size, mesh.shares(axes), held)", "filling_parts(size, mesh.shares(axes), [0] * len(held))",
-        ("tests/test_candidates.py", "-k", "segments"),
-    ),
-    Mutant(
-        "merged rows are followed no further", "fastpar/sharding/candidates.py",
-        "(rows, *walk.merged(heaviest, rows))", "(rows,)",
-        ("tests/test_candidates.py", "-k", "merges"),
-    ),
-    Mutant(
-        "windows are no candidate", "fastpar/sharding/candidates.py",
-        "(leading, *walk.merged(call.operands[0], leading))", "()",
-        ("tests/test_candidates.py", "-k", "windows"),
-    ),
-    Mutant(
-        "rows beside a seed's do not contradict it", "fastpar/sharding/candidates.py",
-        "any(walk.beside(s) & b for s in a - b) or any(walk.beside(s) & a for s in b - a)", "False",
-        ("tests/test_candidates.py", "-k", "alternatives"),
-    ),
-    Mutant(
-        "a window's part of merged rows is not seen", "fastpar/rules/views.py",
-        "ends = [(max(low, bottom), min(high, top)) for", "ends = [(bottom, top) for",
-        ("tests/test_candidates.py", "-k", "windows"),
-    ),
-    Mutant(
         "fp8: the receiver's scale", "fastpar/ops/quantize.py", "scale.view(torch.float32).to(wide)",
         "scale.view(torch.float32).to(wide).flatten()[0]", fp8("magnitudes or format"),
     ),
